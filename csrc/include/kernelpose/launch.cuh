@@ -1,0 +1,39 @@
+// Kernel launches and dynamic shared memory, in a form that the emulator can replace.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <utility>
+
+#ifdef KERNELPOSE_EMULATOR
+#include "emulator_launch.h"
+#else
+
+// All shared memory of a kernel, under one name.
+#define KP_DYNAMIC_SHARED(type, name) extern __shared__ __align__(128) type name[]
+
+namespace kernelpose {
+
+// Enqueues kernel<<<grid, block, shared_bytes, stream>>>(args...) on the current device. Neither
+// synchronises nor allocates: it may run inside a graph capture.
+template <class... P, class... A>
+cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
+                   cudaStream_t stream, A&&... args) {
+  if (shared_bytes > 48 * 1024) {  // an attribute of the device: set anew, which costs little
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, std::forward<A>(args)...);
+  return error != cudaSuccess ? error : cudaPeekAtLastError();
+}
+
+}  // namespace kernelpose
+
+#endif  // KERNELPOSE_EMULATOR
