@@ -1,0 +1,17 @@
+"""Checkpoints of ViTPose in four layouts: load them, infer their sizes, convert between them."""
+
+from kernelpose.checkpoints.convert import convert_checkpoint, convert_state_dict
+from kernelpose.checkpoints.infer import infer_config
+from kernelpose.checkpoints.layouts import LAYOUTS, detect_layout
+from kernelpose.checkpoints.load import load_checkpoint
+from kernelpose.checkpoints.report import CheckpointReport
+
+__all__ = [
+    "LAYOUTS",
+    "CheckpointReport",
+    "convert_checkpoint",
+    "convert_state_dict",
+    "detect_layout",
+    "infer_config",
+    "load_checkpoint",
+]

@@ -1,0 +1,120 @@
+"""Converting a checkpoint from any layout to any other.
+
+Ours stands in the middle. Into ours and back returns every tensor bit for bit, for each layout,
+except for what a layout cannot hold: experts and class tokens do not come back, and mmpose 1.x has
+no row 0 in its position table, so a row 0 that is not zero is added into the others for good.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kernelpose.checkpoints.files import StateDict, read_state_dict, write_state_dict
+from kernelpose.checkpoints.infer import config_of, source_grid
+from kernelpose.checkpoints.layouts import (
+    GRID,
+    LAYOUTS,
+    POSITIONS,
+    TRANSFORMERS_EPS,
+    Transformers,
+    detect_layout,
+)
+from kernelpose.checkpoints.plus import decoder_names, select_decoder
+from kernelpose.checkpoints.report import CheckpointReport
+from kernelpose.errors import UserError
+from kernelpose.models.vitpose import ViTPose
+
+
+def convert_state_dict(
+    checkpoint: str | os.PathLike[str] | Mapping[str, Any],
+    to: str,
+    *,
+    dataset: str | None = None,
+    grid: tuple[int, int] | None = None,
+) -> tuple[StateDict, CheckpointReport]:
+    """A checkpoint's tensors in another layout.
+
+    Args:
+        checkpoint: a file or what it holds, in any layout.
+        to: official, mmpose1, transformers or kernelpose.
+        dataset: whose expert and decoder to take, of several. Without it, experts become those of
+            coco, and several decoders stay together where the layout allows it.
+        grid: (rows, columns) of the position table, for `to="kernelpose"`, if the checkpoint does
+            not record it and it is neither 4:3 portrait nor square.
+
+    Returns the state_dict and a report. Raises UserError if the checkpoint cannot be read, is not
+    a ViTPose, has a tensor of the wrong shape, or does not fit the layout.
+    """
+    if to not in LAYOUTS:
+        raise UserError(f"to must be one of {', '.join(LAYOUTS)}, got {to!r}")
+    state_dict = read_state_dict(checkpoint)
+    layout = detect_layout(state_dict)
+    imported = layout.import_(state_dict, dataset)
+    tensors, notes = imported.tensors, imported.notes
+    missing, unknown = _check(tensors)
+    several = decoder_names(tensors)
+    if several and (dataset or to in ("mmpose1", "transformers")):
+        tensors = select_decoder(tensors, dataset)
+        notes.append(f"decoder taken of {', '.join(several)}: {dataset or 'coco'}")
+    if to == "kernelpose":
+        tensors[GRID] = torch.tensor(source_grid(tensors, grid))
+    if to == "mmpose1" and POSITIONS in tensors and tensors[POSITIONS][:, :1].any():
+        notes.append("row 0 of the position table added into the others")
+    converted, homeless = LAYOUTS[to].export(tensors)
+    if isinstance(LAYOUTS[to], Transformers) and not isinstance(layout, Transformers):
+        notes.append(
+            "its layer norms have eps 1e-6; backbone_config.layer_norm_eps is "
+            f"{TRANSFORMERS_EPS} by default"
+        )
+    report = CheckpointReport(
+        imported.layout,
+        tuple(name for name in tensors if name not in unknown and name not in homeless),
+        tuple(missing),
+        (*imported.left_over, *unknown, *(name for name in homeless if name not in unknown)),
+        tuple(notes),
+    )
+    return converted, report
+
+
+def convert_checkpoint(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    to: str,
+    *,
+    dataset: str | None = None,
+    grid: tuple[int, int] | None = None,
+) -> CheckpointReport:
+    """`convert_state_dict` from file to file; `target` appears complete or not at all.
+
+    The file is torch.save's, or safetensors if `target` ends so. The official and mmpose1 layouts
+    are written under "state_dict", as their tools expect.
+    """
+    converted, report = convert_state_dict(source, to, dataset=dataset, grid=grid)
+    write_state_dict(Path(target), converted, wrap=LAYOUTS[to].wraps)
+    return report
+
+
+def _check(tensors: StateDict) -> tuple[list[str], list[str]]:
+    """Compares with the model of the same sizes: what is missing, and what it does not know.
+
+    Raises UserError for a wrong shape. Neither the heads nor the grid matter to a shape.
+    """
+    table = tensors.get(POSITIONS)
+    flat = table is not None and table.dim() == 3 and GRID not in tensors
+    grid = (1, table.shape[1] - 1) if table is not None and flat else None
+    config = config_of(tensors, num_heads=1, grid=grid)
+    with torch.device("meta"):
+        expected = ViTPose(**config).state_dict()
+    for name, tensor in tensors.items():
+        if name in expected and tensor.shape != expected[name].shape:
+            raise UserError(
+                f"{name} must be {tuple(expected[name].shape)} beside the other tensors, "
+                f"has {tuple(tensor.shape)}"
+            )
+    missing = [name for name in expected if name not in tensors and name != GRID]
+    return missing, [name for name in tensors if name not in expected]

@@ -1,0 +1,6 @@
+"""Pose models: `create_model(name, ...)`, `list_models()` and the classes behind the names."""
+
+from kernelpose.models.vitpose import ViTPose
+from kernelpose.models.zoo import create_model, list_models
+
+__all__ = ["ViTPose", "create_model", "list_models"]

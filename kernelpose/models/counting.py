@@ -1,0 +1,106 @@
+"""Parameters and multiply-accumulates of a model, in the three conventions that papers use.
+
+Published figures do not share a convention: ViTPose's 17.1 G (B) is `all` of the encoder alone,
+its 59.8 G (L) and 122.8 G (H) are `layers` with the decoder, and figures printed by MMCV's counter
+are `hooked`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import singledispatch
+from typing import Any
+
+import torch
+from torch import nn
+
+from kernelpose.nn import WindowAttention
+
+
+@dataclass(frozen=True)
+class Count:
+    """What one forward pass of one image costs; a multiply-accumulate counts 1.
+
+    Attributes:
+        parameters: number of parameters.
+        layers: products inside convolutions, transposed convolutions and linears.
+        hooked: `layers`, 1 a bias add, 2 an element of a normalisation, 1 an element of a ReLU:
+            what a counter that hooks modules sees. It cannot see the products of attention.
+        all: `layers` and the products QK^T and AV of attention.
+    """
+
+    parameters: int
+    layers: int
+    hooked: int
+    all: int
+
+
+def count(model: nn.Module, image_size: tuple[int, int] = (256, 192), **inputs: Any) -> Count:
+    """Counts by running the model once on zeros (1, 3, height, width), on the model's device.
+
+    Build the model under `torch.device("meta")` to count it without memory or arithmetic.
+
+    Args:
+        model: takes images.
+        image_size: (height, width).
+        inputs: keyword arguments of the model's forward.
+    """
+    layers = extra = attention = 0
+
+    def hook(module: nn.Module, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        nonlocal layers, extra, attention
+        macs, beside = _layer_cost(module, arguments[0], output)
+        layers += macs
+        extra += beside
+        attention += attention_products(module, arguments[0])
+
+    handles = [module.register_forward_hook(hook) for module in model.modules()]
+    weight = next(model.parameters())
+    training = model.training
+    try:
+        model.eval()
+        with torch.no_grad():
+            model(
+                torch.zeros(1, 3, *image_size, device=weight.device, dtype=weight.dtype), **inputs
+            )
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Count(parameters, layers, layers + extra, layers + attention)
+
+
+def _layer_cost(module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[int, int]:
+    """Products of a layer, and what the hooked convention adds to them."""
+    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+        # A convolution applies its kernel at each output position, a transposed one at each input.
+        positions = x if isinstance(module, nn.ConvTranspose2d) else y
+        channels = -1 if isinstance(module, nn.Linear) else 1
+        places = positions.numel() // positions.shape[channels]
+        bias = y.numel() if module.bias is not None else 0
+        return places * module.weight.numel(), bias
+    if isinstance(module, (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)):
+        return 0, 2 * y.numel()
+    if isinstance(module, nn.ReLU):
+        return 0, y.numel()
+    return 0, 0
+
+
+@singledispatch
+def attention_products(module: object, x: torch.Tensor) -> int:
+    """Products QK^T and AV of one module's forward; attention modules register theirs."""
+    return 0
+
+
+@attention_products.register
+def _(module: WindowAttention, x: torch.Tensor) -> int:
+    rows, columns, dim = x.shape[1:]
+    window = module.window or (rows, columns)
+    inside = window[0] * window[1]
+    windows = -(-rows // window[0]) * -(-columns // window[1])
+    # A token of the grid partition meets the tokens at its place in every window.
+    keys = windows if module.partition == "grid" else inside
+    if module.pooled:
+        keys += windows
+    return 2 * x[..., 0].numel() * keys * dim

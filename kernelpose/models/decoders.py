@@ -1,0 +1,109 @@
+"""Decoders: from the feature map of an encoder to one heatmap a keypoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class ClassicDecoder(nn.Module):
+    """Deconvolutions (kernel 4, stride 2) with BatchNorm and ReLU, then a 1x1 convolution.
+
+    The decoder of "Simple Baselines for Human Pose Estimation", ViTPose's classic one. Each entry
+    of `channels` is the width of one deconvolution and doubles the resolution. Parameter names are
+    the released code's: deconv_layers.{0,1,3,4,...} and final_layer.
+
+    forward: (B, in_channels, h, w) -> (B, num_keypoints, h * 2^n, w * 2^n), n = len(channels).
+    """
+
+    def __init__(
+        self, in_channels: int, num_keypoints: int, channels: Sequence[int] = (256, 256)
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        width = in_channels
+        for out in channels:
+            layers += [
+                nn.ConvTranspose2d(width, out, 4, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(out),
+                nn.ReLU(inplace=True),
+            ]
+            width = out
+        self.deconv_layers = nn.Sequential(*layers)
+        self.final_layer = nn.Conv2d(width, num_keypoints, 1)
+        _init(self)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        heatmaps: torch.Tensor = self.final_layer(self.deconv_layers(features))
+        return heatmaps
+
+
+class SimpleDecoder(nn.Module):
+    """ReLU, bilinear upsampling, then a 3x3 convolution: ViTPose's simple decoder.
+
+    forward: (B, in_channels, h, w) -> (B, num_keypoints, h * upsample, w * upsample).
+    """
+
+    def __init__(self, in_channels: int, num_keypoints: int, upsample: int = 4) -> None:
+        super().__init__()
+        self.upsample = upsample
+        self.final_layer = nn.Conv2d(in_channels, num_keypoints, 3, padding=1)
+        _init(self)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        features = F.interpolate(
+            F.relu(features), scale_factor=self.upsample, mode="bilinear", align_corners=False
+        )
+        heatmaps: torch.Tensor = self.final_layer(features)
+        return heatmaps
+
+
+def build_decoder(
+    name: str,
+    in_channels: int,
+    num_keypoints: int,
+    *,
+    upsample: int,
+    deconv_channels: Sequence[int] | None = None,
+) -> nn.Module:
+    """A decoder that gains a factor of `upsample` (a power of two).
+
+    Args:
+        name: "classic" or "simple".
+        in_channels: width of the encoder's map.
+        num_keypoints: number of heatmaps.
+        upsample: heatmap size over map size.
+        deconv_channels: widths of the classic decoder's deconvolutions; 256 each by default.
+
+    Raises ValueError for another name, and for a number of widths that does not reach `upsample`.
+    """
+    if num_keypoints < 1:
+        raise ValueError(f"num_keypoints must be at least 1, got {num_keypoints}")
+    if name == "simple":
+        if deconv_channels is not None:
+            raise ValueError(
+                f"deconv_channels belongs to the classic decoder, got {tuple(deconv_channels)} "
+                "with decoder='simple'"
+            )
+        return SimpleDecoder(in_channels, num_keypoints, upsample)
+    if name == "classic":
+        layers = upsample.bit_length() - 1
+        channels = tuple(deconv_channels) if deconv_channels is not None else (256,) * layers
+        if 2 ** len(channels) != upsample:
+            raise ValueError(
+                f"deconv_channels must have {layers} widths to gain a factor of {upsample}, "
+                f"got {channels}"
+            )
+        return ClassicDecoder(in_channels, num_keypoints, channels)
+    raise ValueError(f"decoder must be 'classic' or 'simple', got {name!r}")
+
+
+def _init(decoder: nn.Module) -> None:
+    for module in decoder.modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            nn.init.normal_(module.weight, std=0.001)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
