@@ -1,0 +1,52 @@
+"""The process under the sanitizers: LIBRARY CALLS RESULTS, see run.py. Imports numpy alone."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def load(path: str) -> Callable[[str], Callable[..., Any]]:
+    """Functions by name, of a Python extension module or of a plain library."""
+    name, *suffix = Path(path).name.split(".")
+    if suffix != ["so"]:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return lambda function: getattr(module, function)
+    library = ctypes.CDLL(path)
+
+    def call(function: str) -> Callable[..., Any]:
+        kinds = {int: ctypes.c_int64, float: ctypes.c_float}
+        return lambda *args: library[function](*(kinds[type(a)](a) for a in args))
+
+    return call
+
+
+def main() -> None:
+    library, given, answer = sys.argv[1:]
+    functions = load(library)
+    results = []
+    for name, args, settings in pickle.loads(Path(given).read_bytes()):
+        # Copies that own their memory: a redzone of the address sanitizer on either side.
+        args = [a.copy() if isinstance(a, np.ndarray) else a for a in args]
+        pointers = [a.ctypes.data if isinstance(a, np.ndarray) else a for a in args]
+        os.environ.update(settings)
+        value = functions(name)(*pointers)
+        for setting in settings:
+            del os.environ[setting]
+        results.append((value, args))
+    Path(answer).write_bytes(pickle.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

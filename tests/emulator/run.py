@@ -1,0 +1,85 @@
+"""Call functions of an emulated library in a process that runs under the sanitizers.
+
+The calling process stays clean: tensors travel through files, references are computed outside.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import build
+
+CHILD = Path(__file__).with_name("child.py")
+
+
+class EmulatorError(Exception):
+    """The emulator or a sanitizer stopped the process; the text is its report."""
+
+
+@dataclass
+class Call:
+    """One call: tensors go in as pointers to copies, numbers as they are.
+
+    `settings` are the emulator's environment variables less their prefix: {"seed": 1}.
+    """
+
+    function: str
+    args: Sequence[Any]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Result:
+    """What the function returned, and for each tensor argument its contents afterwards."""
+
+    value: Any
+    args: list[Any]
+
+
+def run(library: Path, calls: Sequence[Call], timeout: float = 300) -> list[Result]:
+    """Run `calls` one after another in one process; EmulatorError if any of them is stopped."""
+    with tempfile.TemporaryDirectory() as folder:
+        given, answer = Path(folder, "calls"), Path(folder, "results")
+        given.write_bytes(pickle.dumps([_encode(call) for call in calls]))
+        env = {k: v for k, v in os.environ.items() if not k.startswith("KERNELPOSE_EMULATOR_")}
+        env |= {
+            "LD_PRELOAD": build.asan_library(),
+            "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
+            "UBSAN_OPTIONS": "print_stacktrace=1",
+            "PYTHONMALLOC": "malloc",
+        }
+        command = [sys.executable, str(CHILD), str(library), str(given), str(answer)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
+        if done.returncode != 0:
+            raise EmulatorError(done.stderr.strip())
+        results = pickle.loads(answer.read_bytes())
+    return [
+        Result(value, [_tensor(a, b) for a, b in zip(call.args, arrays, strict=True)])
+        for call, (value, arrays) in zip(calls, results, strict=True)
+    ]
+
+
+def _encode(call: Call) -> tuple[str, list[Any], dict[str, str]]:
+    settings = {f"KERNELPOSE_EMULATOR_{k.upper()}": str(v) for k, v in call.settings.items()}
+    return call.function, [_array(a) if isinstance(a, Tensor) else a for a in call.args], settings
+
+
+def _array(tensor: Tensor) -> Any:
+    """As numpy knows it: bfloat16 by its bits."""
+    tensor = tensor.detach().contiguous()
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _tensor(given: Any, array: Any) -> Any:
+    return torch.from_numpy(array).view(given.dtype) if isinstance(given, Tensor) else array
