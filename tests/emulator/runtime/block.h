@@ -61,9 +61,15 @@ struct Block {
 extern Block block;
 extern Thread* current;  // null outside a kernel
 
+// Where an access comes from: a code address with line 0, or a file's name and a line.
+struct Place {
+  const void* code;
+  int line;
+};
+
 // races.cpp: every access to shared memory, and what puts accesses in order.
-void record_access(Thread& thread, const void* address, size_t bytes, bool write, const void* pc);
+void record_access(Thread& thread, const void* address, size_t bytes, bool write, Place place);
 void order_lanes(uint32_t mask);
-void forget_races(size_t shared_bytes);
+void watch_races(bool watched, size_t shared_bytes);
 
 }  // namespace kernelpose::emulator

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <string>
 
 #include "block.h"
 
@@ -21,17 +22,16 @@ namespace kernelpose::emulator {
 namespace {
 
 struct Access {
-  uint32_t epoch;   // block barriers before it; 0: none
-  uint32_t thread;
-  uint32_t clock;
-  const void* pc;
+  uint32_t epoch;  // block barriers before it; 0: none
+  uint32_t thread, clock;
+  Place place;
 };
 
 struct Byte {
   Access write, read[2];
 };
 
-std::vector<Byte> bytes_of_block;
+std::vector<Byte> bytes_of_block;  // empty: not watched
 
 bool ordered(const Access& before, const Thread& now) {
   if (before.epoch != block.epoch || int(before.thread) == now.id) return true;
@@ -39,26 +39,35 @@ bool ordered(const Access& before, const Thread& now) {
          now.clock[before.thread % kWarp] >= before.clock;
 }
 
-[[noreturn]] void report(const Access& before, bool before_writes, const Thread& now, bool write,
-                         size_t offset) {
-  char place[512] = "";
+std::string describe(Place place) {
+  if (place.line != 0) {
+    return static_cast<const char*>(place.code) + (":" + std::to_string(place.line));
+  }
+  char text[512] = "?";
   if (__sanitizer_symbolize_pc) {
     // The address is where the call returns to, so step back into it.
-    __sanitizer_symbolize_pc(const_cast<char*>(static_cast<const char*>(before.pc) - 1),
-                             "%s:%l in %f", place, sizeof place);
+    __sanitizer_symbolize_pc(const_cast<char*>(static_cast<const char*>(place.code) - 1),
+                             "%s:%l in %f", text, sizeof text);
   }
+  return text;
+}
+
+[[noreturn]] void report(const Access& before, bool before_writes, const Thread& now, bool write,
+                         size_t offset) {
   if (__sanitizer_print_stack_trace) __sanitizer_print_stack_trace();
   fail("race on byte %zu of shared memory: thread %d %s it, and thread %u %s it at %s, with no "
        "barrier between them",
        offset, now.id, write ? "writes" : "reads", before.thread,
-       before_writes ? "wrote" : "read", place);
+       before_writes ? "wrote" : "read",
+       describe(before.place).c_str());
 }
 
 }  // namespace
 
-void record_access(Thread& thread, const void* address, size_t count, bool write, const void* pc) {
+void record_access(Thread& thread, const void* address, size_t count, bool write, Place place) {
+  if (bytes_of_block.empty()) return;
   const size_t offset = static_cast<const char*>(address) - block.shared;
-  const Access access{block.epoch, uint32_t(thread.id), thread.clock[thread.lane()], pc};
+  const Access access{block.epoch, uint32_t(thread.id), thread.clock[thread.lane()], place};
   for (size_t i = offset; i < std::min(offset + count, block.shared_bytes); ++i) {
     Byte& byte = bytes_of_block[i];
     if (!ordered(byte.write, thread)) report(byte.write, true, thread, write, i);
@@ -89,8 +98,8 @@ void order_lanes(uint32_t mask) {
   }
 }
 
-void forget_races(size_t shared_bytes) {
-  if (bytes_of_block.size() < shared_bytes) bytes_of_block.resize(shared_bytes);
+void watch_races(bool watched, size_t shared_bytes) {
+  bytes_of_block.assign(watched ? shared_bytes : 0, {});
 }
 
 }  // namespace kernelpose::emulator
@@ -101,7 +110,7 @@ using namespace kernelpose::emulator;
 
 void watch(const void* address, size_t bytes, bool write, const void* pc) {
   if (current != nullptr && block.in_shared(address, bytes)) {
-    record_access(*current, address, bytes, write, pc);
+    record_access(*current, address, bytes, write, {pc, 0});
   }
 }
 

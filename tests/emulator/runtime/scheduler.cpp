@@ -221,7 +221,8 @@ void run_block(Dim index, uint64_t number, long seed) {
     t.exited = false;
     t.open_group.clear();
     t.groups.clear();
-    std::fill(std::begin(t.clock), std::end(t.clock), 1);
+    std::fill(std::begin(t.clock), std::end(t.clock), 0);
+    t.clock[t.lane()] = 1;
     t.context.prepare(stack_of(id), kStackBytes, run_thread);
   }
   for (int rank = 0; rank < block.threads; ++rank) {
@@ -341,7 +342,7 @@ void cp_async_16(void* shared, const void* global, bool valid, Site site) {
   }
   // From here until the wait it may land at any time: what was there is gone, what comes is not
   // there yet.
-  record_access(*current, shared, 16, true, __builtin_return_address(0));
+  record_access(*current, shared, 16, true, {site.file, site.line});
   std::memset(shared, 0xff, 16);
   current->open_group.push_back({shared, global, valid});
 }
@@ -357,7 +358,7 @@ void cp_async_wait(int groups_left, Site site) {
   auto& groups = current->groups;
   while (int(groups.size()) > groups_left) {
     for (const Copy& copy : groups.front()) {
-      record_access(*current, copy.shared, 16, true, __builtin_return_address(0));
+      record_access(*current, copy.shared, 16, true, {site.file, site.line});
       if (copy.valid) {
         std::memcpy(copy.shared, copy.global, 16);
       } else {
@@ -389,7 +390,7 @@ int run_grid(Dim grid, Dim size, size_t shared_bytes, void (*body)(void*), void*
   blockDim = {size.x, size.y, size.z};
   thread_body = body;
   thread_argument = argument;
-  forget_races(shared_bytes);
+  watch_races(environment("KERNELPOSE_EMULATOR_RACES", 1) != 0, shared_bytes);
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   for (uint64_t i = 0; i < blocks; ++i) {
     const uint64_t number = seed % 2 == 1 ? blocks - 1 - i : i;

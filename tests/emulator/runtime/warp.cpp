@@ -127,7 +127,7 @@ void ldmatrix(uint32_t* registers, int count, bool transposed, const void* row, 
       fail("ldmatrix at %s:%d: the row is not aligned to 16 bytes", site.file, site.line);
     }
     // Read now, before the others come: the instruction orders no memory accesses, __syncwarp does.
-    record_access(*current, row, 16, false, __builtin_return_address(0));
+    record_access(*current, row, 16, false, {site.file, site.line});
     std::memcpy(mine.element, row, 16);
   }
   meet(count == 4 ? (transposed ? "ldmatrix x4 trans" : "ldmatrix x4")
