@@ -1,0 +1,151 @@
+"""Which backend may run an op, why not the others, and which one is chosen.
+
+The order of choice: the op's `backend=` argument, `with kernelpose.backend(...)`, the environment
+variable KERNELPOSE_BACKEND (read when kernelpose is imported), and else the first backend of the
+op's measured order that has no objection. An explicit choice that cannot run raises `BackendError`
+with the objection.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from kernelpose import _native
+
+BACKENDS = ("cuda", "triton", "cpu", "torch", "eager")
+"""CUDA C++, Triton, C++ on the CPU, one library call of PyTorch, and the plain reference."""
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for cannot run the op on these inputs."""
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """What the backend mechanism knows of an op; each op file registers its own.
+
+    dtypes: for each backend it has, the dtypes that it computes, forward and backward.
+    automatic: for a device type, the backends to try in this order before eager.
+    objection: (backend, *inputs, **options) -> why this backend cannot run these inputs, or None;
+        asked only after device, dtype and installation have passed.
+    example: (device, dtype) -> the inputs and options of a typical call.
+    """
+
+    name: str
+    dtypes: Mapping[str, tuple[torch.dtype, ...]]
+    automatic: Mapping[str, tuple[str, ...]]
+    objection: Callable[..., str | None]
+    example: Callable[[torch.device, torch.dtype], tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+OPS: dict[str, OpSpec] = {}
+
+
+def register(spec: OpSpec) -> OpSpec:
+    OPS[spec.name] = spec
+    return spec
+
+
+def _known(name: str, origin: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{origin} is {name!r}; expected one of {', '.join(BACKENDS)}.")
+    return name
+
+
+# A plain global: torch.compile guards on it, so compiled code follows a change; it does not follow
+# thread-locals or context variables.
+_chosen: str | None = None
+if os.environ.get("KERNELPOSE_BACKEND"):
+    _chosen = _known(os.environ["KERNELPOSE_BACKEND"], "environment variable KERNELPOSE_BACKEND")
+
+
+class backend:
+    """Context manager: within it every op runs on the named backend, or raises.
+
+    The choice holds for the process, not only for this thread, and for compiled code too.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = _known(name, "backend")
+
+    def __enter__(self) -> None:
+        global _chosen
+        self._outer = _chosen
+        _chosen = self._name
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> Literal[False]:
+        global _chosen
+        _chosen = self._outer
+        return False
+
+
+def _unavailable(name: str, tensor: Tensor) -> str | None:
+    """Why a backend is out of the question on this device, whatever the op."""
+    device = tensor.device.type
+    if name in ("torch", "eager"):
+        return None
+    if name == "triton":
+        if not HAS_TRITON:
+            return "Triton is not installed"
+        if device != "cuda" and not TRITON_INTERPRETED:
+            return f"it runs on CUDA tensors, and this one is on {device}"
+        return None
+    if device != name:
+        return f"it runs on {name.upper()} tensors, and this one is on {device}"
+    if _native.core is None:
+        return "the native core could not be imported (python -m kernelpose.info shows why)"
+    if name == "cuda" and not _native.HAS_CUDA:
+        return "the native core was built without CUDA"
+    return None
+
+
+def why_not(op: str, name: str, *inputs: Any, **options: Any) -> str | None:
+    """Why backend `name` cannot run `op` on these inputs; None if it can.
+
+    `inputs` and `options` are those of the op's public function; the first input is its main tensor
+    (or the first of a list of them), whose device and dtype count.
+    """
+    if name == "eager":
+        return None
+    spec = OPS[op]
+    _known(name, "backend")
+    if name not in spec.dtypes:
+        return f"{op} has no {name} backend"
+    tensor = inputs[0] if isinstance(inputs[0], Tensor) else inputs[0][0]
+    reason = _unavailable(name, tensor)
+    if reason is not None:
+        return reason
+    if tensor.dtype not in spec.dtypes[name]:
+        return f"it does not compute {str(tensor.dtype).removeprefix('torch.')}"
+    return spec.objection(name, *inputs, **options)
+
+
+def choose(op: str, requested: str | None, *inputs: Any, **options: Any) -> str:
+    """The backend that runs this call."""
+    asked = requested if requested is not None else _chosen
+    if asked is not None:
+        reason = why_not(op, _known(asked, "backend"), *inputs, **options)
+        if reason is not None:
+            raise BackendError(f"backend {asked!r} cannot run {op}: {reason}.")
+        return asked
+    tensor = inputs[0] if isinstance(inputs[0], Tensor) else inputs[0][0]
+    for name in OPS[op].automatic.get(tensor.device.type, ()):
+        if why_not(op, name, *inputs, **options) is None:
+            return name
+    return "eager"

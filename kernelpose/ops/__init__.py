@@ -1,0 +1,5 @@
+"""The ops as functions; each is `kernelpose.ops.<op>` and its file `kernelpose/ops/<op>.py`."""
+
+from kernelpose.ops.window_attention import window_attention
+
+__all__ = ["window_attention"]

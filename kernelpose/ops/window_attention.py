@@ -1,0 +1,326 @@
+"""Windowed multi-head self-attention straight from the packed projection of a token map."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernelpose import _native
+from kernelpose.backend import OpSpec, choose
+from kernelpose.backend import register as register_backends
+from kernelpose.ops._register import autocast, is_plain, register
+from kernelpose.reference.window_attention import window_attention as reference
+
+Pair = tuple[int, int]
+
+MAX_HEAD_DIM = 128
+
+
+def window_attention(
+    qkv: Tensor,
+    *,
+    num_heads: int,
+    window: Pair | None = None,
+    shift: Pair = (0, 0),
+    partition: str = "window",
+    bias_table: Tensor | None = None,
+    pooled: bool = False,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """softmax(scale · q kᵀ + bias) v among the tokens of each group of the map, per head.
+
+    One fused pass: no roll, partition, padding or permutation of the map is ever copied.
+
+    Args:
+        qkv: (B, H, W, 3C), as the projection leaves it, channels ordered (q, k, v) × heads × head
+            width; float32, float16, bfloat16 (or float64 on a CPU). Head width C / num_heads up to
+            128. A non-contiguous map is copied once.
+        num_heads: heads; it divides C.
+        window: (height, width) of a window in tokens; None is full attention over the map.
+        shift: cyclic shift (rows, columns), 0 <= shift < window; tokens that meet only through the
+            roll do not see each other (Swin, arXiv 2103.14030).
+        partition: "window", or "grid": strided groups, window being the patch size; tokens at the
+            same place of each patch attend to each other (MobileViT, arXiv 2110.02178).
+        bias_table: relative-position bias ((2h-1)(2w-1), heads), added to the scaled scores; h × w
+            is the window (for "grid", the number of patches). Any float dtype; it has a gradient.
+        pooled: each window also sees the mean key and the mean value of every window (ViTPose,
+            arXiv 2204.12484); with a shift these are the rolled windows.
+        scale: factor of the scores; None is head width ** -0.5.
+        backend: "cuda", "triton", "cpu", "torch" (one call of scaled_dot_product_attention; full
+            attention only) or "eager"; None chooses, see `kernelpose.backend`.
+
+    Returns:
+        (B, H, W, C) in qkv's dtype; softmax and sums are float32 (float64 for float64). Under
+        autocast qkv is cast to its dtype. A map that the window does not tile behaves as if padded
+        with keys that nobody can see. The backward pass is deterministic.
+
+    Raises:
+        ValueError: a shape, size or name does not fit. TypeError: not a floating-point tensor.
+        BackendError: the backend asked for cannot run this.
+    """
+    window, scale = _check(qkv, num_heads, window, shift, partition, bias_table, scale)
+    qkv = autocast(qkv)
+    chosen = choose(
+        "window_attention",
+        backend,
+        qkv,
+        num_heads=num_heads,
+        window=window,
+        shift=shift,
+        partition=partition,
+        bias_table=bias_table,
+        pooled=pooled,
+        scale=scale,
+    )
+    if chosen == "eager":
+        return reference(qkv, num_heads, window, shift, partition, bias_table, pooled, scale)
+    if chosen == "torch":
+        return _scaled_dot_product(qkv, num_heads, scale)
+    if bias_table is not None:
+        bias_table = bias_table.to(_statistics_dtype(qkv))
+    args = (qkv, bias_table, num_heads, window, shift, partition, pooled, scale, chosen)
+    if is_plain(qkv, bias_table):
+        return _run_forward(*args)[0]
+    return _op(*args)[0]
+
+
+def _check(
+    qkv: Tensor,
+    num_heads: int,
+    window: Pair | None,
+    shift: Pair,
+    partition: str,
+    bias_table: Tensor | None,
+    scale: float | None,
+) -> tuple[Pair, float]:
+    """The window and the scale that are meant, or an error that says what does not fit."""
+    if not qkv.is_floating_point():
+        raise TypeError(f"qkv is {qkv.dtype}; expected a floating-point tensor.")
+    if qkv.ndim != 4 or qkv.shape[-1] == 0 or 0 in qkv.shape[1:3]:
+        raise ValueError(f"qkv has shape {tuple(qkv.shape)}; expected (B, H, W, 3C), H, W, C >= 1.")
+    _, height, width, channels3 = qkv.shape
+    if num_heads < 1 or channels3 % (3 * num_heads):
+        raise ValueError(
+            f"num_heads is {num_heads}; expected a divisor of C, and qkv has 3C = {channels3}."
+        )
+    if partition not in ("window", "grid"):
+        raise ValueError(f"partition is {partition!r}; expected 'window' or 'grid'.")
+    if window is None:
+        if partition == "grid":
+            raise ValueError("window is None; expected the patch size (h, w) for the grid partition.")
+        window = (height, width)
+    elif len(window) != 2 or min(window) < 1:
+        raise ValueError(f"window is {window}; expected (height, width) of at least 1.")
+    if len(shift) != 2 or not all(0 <= s < w for s, w in zip(shift, window, strict=True)):
+        raise ValueError(f"shift is {shift}; expected 0 <= shift < window, and window is {window}.")
+    if partition == "grid" and any(shift):
+        raise ValueError(f"shift is {shift}; expected (0, 0) for the grid partition.")
+    if bias_table is not None:
+        h, w = _extent((height, width), window, partition)
+        expected = ((2 * h - 1) * (2 * w - 1), num_heads)
+        if tuple(bias_table.shape) != expected:
+            raise ValueError(
+                f"bias_table has shape {tuple(bias_table.shape)}; expected {expected} for groups of "
+                f"{h} x {w} tokens and {num_heads} heads."
+            )
+        if bias_table.device != qkv.device:
+            raise ValueError(f"bias_table is on {bias_table.device}; expected {qkv.device}, as qkv.")
+    return window, (channels3 // (3 * num_heads)) ** -0.5 if scale is None else scale
+
+
+def _extent(size: Pair, window: Pair, partition: str) -> Pair:
+    """(rows, columns) of the largest group of tokens."""
+    if partition == "window":
+        return window
+    return -(-size[0] // window[0]), -(-size[1] // window[1])
+
+
+def _statistics_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _scaled_dot_product(qkv: Tensor, num_heads: int, scale: float) -> Tensor:
+    q, k, v = qkv.flatten(1, 2).unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return out.transpose(1, 2).reshape(*qkv.shape[:3], qkv.shape[3] // 3)
+
+
+def _run_forward(
+    qkv: Tensor,
+    bias_table: Tensor | None,
+    num_heads: int,
+    window: Pair,
+    shift: Pair,
+    partition: str,
+    pooled: bool,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse): lse (B, heads, H, W), the log-sum-exp of each query's scores, for the backward."""
+    qkv = qkv.contiguous()
+    bias_table = None if bias_table is None else bias_table.contiguous()
+    if backend == "triton" and qkv.numel():
+        from kernelpose.triton_kernels import window_attention as kernels
+
+        options = (num_heads, window, shift, partition, pooled, scale)
+        return kernels.forward(qkv, bias_table, *options)
+    out, lse = _outputs(qkv, num_heads)
+    if out.numel():
+        shape = _native_shape(qkv, num_heads, window, shift, partition, pooled, scale)
+        code = _native.DTYPE_CODES[qkv.dtype]
+        memory = _native.workspace("window_attention_forward", qkv, shape, code)
+        tensors = [qkv, bias_table, out, lse, *([memory] if qkv.is_cuda else [])]
+        addresses = [_native.address(t) for t in tensors]
+        _native.call("window_attention_forward", qkv, *addresses, shape, code)
+    return out, lse
+
+
+def _run_backward(
+    grad_out: Tensor,
+    qkv: Tensor,
+    bias_table: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    num_heads: int,
+    window: Pair,
+    shift: Pair,
+    partition: str,
+    pooled: bool,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(gradient of qkv, gradient of bias_table); the second is empty where there is no table."""
+    grad_out, qkv, out, lse = (t.contiguous() for t in (grad_out, qkv, out, lse))
+    bias_table = None if bias_table is None else bias_table.contiguous()
+    if backend == "triton" and qkv.numel():
+        from kernelpose.triton_kernels import window_attention as kernels
+
+        options = (num_heads, window, shift, partition, pooled, scale)
+        grad_qkv, grad_bias = kernels.backward(grad_out, qkv, bias_table, out, lse, *options)
+        return grad_qkv, lse.new_empty(0) if grad_bias is None else grad_bias
+    grad_qkv, grad_bias = _gradients(qkv, bias_table, lse)
+    if qkv.numel() == 0:
+        return grad_qkv, grad_bias.zero_()
+    shape = _native_shape(qkv, num_heads, window, shift, partition, pooled, scale)
+    code = _native.DTYPE_CODES[qkv.dtype]
+    bias_gradient = bias_table is not None
+    memory = _native.workspace("window_attention_backward", qkv, shape, code, bias_gradient)
+    tensors = [grad_out, qkv, bias_table, out, lse, grad_qkv, grad_bias if bias_gradient else None]
+    addresses = [_native.address(t) for t in [*tensors, *([memory] if qkv.is_cuda else [])]]
+    _native.call("window_attention_backward", qkv, *addresses, shape, code)
+    return grad_qkv, grad_bias
+
+
+def _native_shape(
+    qkv: Tensor,
+    num_heads: int,
+    window: Pair,
+    shift: Pair,
+    partition: str,
+    pooled: bool,
+    scale: float,
+) -> tuple[int | bool | float, ...]:
+    """WindowAttentionTuple of csrc/bindings.cpp."""
+    batch, height, width, channels3 = qkv.shape
+    grid = partition == "grid"
+    sizes = (batch, height, width, num_heads, channels3 // (3 * num_heads))
+    return (*sizes, *window, *shift, grid, pooled, scale)
+
+
+def _outputs(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    batch, height, width, channels3 = qkv.shape
+    out = qkv.new_empty(batch, height, width, channels3 // 3)
+    lse = qkv.new_empty(batch, num_heads, height, width, dtype=_statistics_dtype(qkv))
+    return out, lse
+
+
+def _gradients(qkv: Tensor, bias_table: Tensor | None, lse: Tensor) -> tuple[Tensor, Tensor]:
+    grad_bias = lse.new_empty(0) if bias_table is None else lse.new_empty(bias_table.shape)
+    return qkv.new_empty(qkv.shape), grad_bias
+
+
+_ARGUMENTS = (
+    "int num_heads, SymInt[2] window, int[2] shift, str partition, bool pooled, float scale, "
+    "str backend"
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, bias_table, *ctx.options = inputs
+    ctx.save_for_backward(qkv, bias_table, *output)
+
+
+def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    qkv, bias_table, out, lse = ctx.saved_tensors
+    grad_qkv, grad_bias = _op_backward(grad_out, qkv, bias_table, out, lse, *ctx.options)
+    return grad_qkv, None if bias_table is None else grad_bias, *(None for _ in ctx.options)
+
+
+_op_backward = register(
+    "window_attention_backward",
+    "(Tensor grad_out, Tensor qkv, Tensor? bias_table, Tensor out, Tensor lse, "
+    f"{_ARGUMENTS}) -> (Tensor, Tensor)",
+    _run_backward,
+    lambda grad_out, qkv, bias_table, out, lse, *options: _gradients(qkv, bias_table, lse),
+)
+_op = register(
+    "window_attention",
+    f"(Tensor qkv, Tensor? bias_table, {_ARGUMENTS}) -> (Tensor, Tensor)",
+    _run_forward,
+    lambda qkv, bias_table, num_heads, *options: _outputs(qkv, num_heads),
+    autograd=(_setup_context, _backward),
+)
+
+
+def _objection(
+    backend: str,
+    qkv: Tensor,
+    *,
+    num_heads: int,
+    window: Pair | None = None,
+    shift: Pair = (0, 0),
+    partition: str = "window",
+    bias_table: Tensor | None = None,
+    pooled: bool = False,
+    scale: float | None = None,
+) -> str | None:
+    if backend == "torch":
+        full = partition == "window" and window in (None, tuple(qkv.shape[1:3])) and not any(shift)
+        if not full or pooled or bias_table is not None:
+            return "scaled_dot_product_attention does full attention without bias or pooled keys"
+        return None
+    head_dim = qkv.shape[-1] // (3 * num_heads)
+    if head_dim > MAX_HEAD_DIM:
+        return f"its head width is at most {MAX_HEAD_DIM}, and this is {head_dim}"
+    return None
+
+
+def _example(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """ViTPose-B with shifted windows on 1/8 features."""
+    qkv = torch.empty(1, 32, 24, 3 * 768, device=device, dtype=dtype)
+    return (qkv,), {"num_heads": 12, "window": (8, 8), "shift": (4, 4)}
+
+
+_HALVES = (torch.float16, torch.bfloat16)
+
+register_backends(
+    OpSpec(
+        name="window_attention",
+        dtypes={
+            "cuda": (torch.float32, *_HALVES),
+            "triton": (torch.float32, *_HALVES),
+            "cpu": (torch.float32, *_HALVES, torch.float64),
+            "torch": (torch.float32, *_HALVES, torch.float64),
+            "eager": (torch.float32, *_HALVES, torch.float64),
+        },
+        # Full attention goes to SDPA: on the CPU it is level with ours (benchmarks/results), on a GPU
+        # nothing was measured yet. All else SDPA objects to.
+        automatic={"cpu": ("torch", "cpu"), "cuda": ("torch", "cuda", "triton")},
+        objection=_objection,
+        example=_example,
+    )
+)
