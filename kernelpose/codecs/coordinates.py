@@ -1,0 +1,64 @@
+"""Where heatmap pixels lie in the model's input and in the image, under both conventions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def input_to_heatmap(
+    points: Tensor, input_size: tuple[int, int], heatmap_size: tuple[int, int], *, udp: bool
+) -> Tensor:
+    """Input pixels (..., 2) to heatmap pixels; sizes are (height, width)."""
+    return points / _ratio(points, input_size, heatmap_size, udp)
+
+
+def heatmap_to_input(
+    points: Tensor, input_size: tuple[int, int], heatmap_size: tuple[int, int], *, udp: bool
+) -> Tensor:
+    """Heatmap pixels (..., 2) to input pixels; sizes are (height, width).
+
+    The inverse of `input_to_heatmap`. mmpose 1.x writes ``x / (w - 1) * input_width`` under UDP,
+    a unit between the two that its own mapping to the image divides out again.
+    """
+    return points * _ratio(points, input_size, heatmap_size, udp)
+
+
+def heatmap_to_image(
+    points: Tensor, center: Tensor, scale: Tensor, heatmap_size: tuple[int, int], *, udp: bool
+) -> Tensor:
+    """Heatmap pixels (B, K, 2) to image pixels.
+
+    Args:
+        points: (B, K, 2) x, y in heatmap pixels.
+        center, scale: (B, 2) of the crop, in image pixels; scale is (width, height).
+        heatmap_size: (height, width).
+        udp: whether ``scale`` spans pixel centres (``size - 1``) or cells (``size``).
+    """
+    size = torch.tensor(heatmap_size[::-1], device=points.device, dtype=points.dtype)
+    center, scale = center.to(points), scale.to(points)
+    unit = scale / (size - 1 if udp else size)
+    return points * unit[:, None] + (center - scale / 2)[:, None]
+
+
+def check_keypoints(keypoints: Tensor, visible: Tensor) -> None:
+    """Raise ValueError unless keypoints is a float (B, K, 2) and visible (B, K)."""
+    if keypoints.dim() != 3 or keypoints.shape[-1] != 2 or not keypoints.is_floating_point():
+        raise ValueError(
+            f"keypoints must be a floating-point (B, K, 2) tensor, "
+            f"got {keypoints.dtype} {tuple(keypoints.shape)}"
+        )
+    if visible.shape != keypoints.shape[:2]:
+        raise ValueError(
+            f"visible must be (B, K) = {tuple(keypoints.shape[:2])}, got {tuple(visible.shape)}"
+        )
+
+
+def _ratio(
+    like: Tensor, input_size: tuple[int, int], heatmap_size: tuple[int, int], udp: bool
+) -> Tensor:
+    end = 1 if udp else 0
+    ratio = [
+        (i - end) / (h - end) for i, h in zip(input_size[::-1], heatmap_size[::-1], strict=True)
+    ]
+    return torch.tensor(ratio, device=like.device, dtype=like.dtype)

@@ -1,0 +1,1 @@
+"""Data sets, pictures, and the way from a picture to the model's input."""

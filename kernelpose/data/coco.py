@@ -1,0 +1,125 @@
+"""COCO's JSON files of detections and of keypoint results."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kernelpose.errors import UserError
+
+PERSON_CATEGORY = 1
+
+
+@dataclass(frozen=True)
+class Detection:
+    """A detector's box (x, y, width, height) in image pixels, and which image it is of."""
+
+    box: tuple[float, float, float, float]
+    score: float
+    image_id: int | str | None
+    file_name: str | None
+
+    def is_of(self, path: Path) -> bool:
+        """Whether the image at path is meant: by file name, else by COCO's id, its numeric stem."""
+        if self.file_name is not None:
+            return Path(self.file_name).name == path.name
+        if isinstance(self.image_id, str):
+            return self.image_id in (path.stem, path.name)
+        return path.stem.isdecimal() and int(path.stem) == self.image_id
+
+
+def read_detections(path: str | os.PathLike[str]) -> list[Detection]:
+    """The persons in a COCO detections file: a list of {image_id, category_id, bbox, score}.
+
+    Each entry names its image by ``image_id`` or ``file_name``. ``score`` is 1 and the category a
+    person where they are absent; other categories are left out.
+
+    Raises:
+        UserError: no such file, no JSON, no list, or an entry that does not fit.
+    """
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            entries = json.load(file)
+    except OSError as error:
+        raise UserError(f"cannot read the boxes file {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"the boxes file {path} is not JSON: {error}") from error
+    if not isinstance(entries, list):
+        raise UserError(
+            f"the boxes file {path} must hold a list of COCO detections, got {_json_type(entries)}"
+        )
+    detections = []
+    for number, entry in enumerate(entries):
+        where = f"the boxes file {path}, entry {number}"
+        if not isinstance(entry, dict):
+            raise UserError(f"{where}: must be an object, got {_json_type(entry)}")
+        if entry.get("category_id", PERSON_CATEGORY) == PERSON_CATEGORY:
+            detections.append(_detection(entry, where))
+    return detections
+
+
+def person_score(box_score: float, joint_scores: Iterable[float]) -> float:
+    """COCO's usual rescoring: the box's score times the mean of the joints' above 0.2."""
+    seen = [float(score) for score in joint_scores if score > 0.2]
+    return box_score * sum(seen) / len(seen) if seen else 0.0
+
+
+def image_ids(paths: Sequence[Path]) -> list[int]:
+    """A different id for each image: its numeric stem, as in COCO, else a free number from 1."""
+    numbers = [int(path.stem) if path.stem.isdecimal() else None for path in paths]
+    named = set(numbers)
+    free = (number for number in itertools.count(1) if number not in named)
+    used: set[int] = set()
+    ids = []
+    for number in numbers:
+        image_id = next(free) if number is None or number in used else number
+        used.add(image_id)
+        ids.append(image_id)
+    return ids
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
+    """Write JSON; the file appears whole or not at all."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump(content, file, allow_nan=False)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _detection(entry: dict[str, Any], where: str) -> Detection:
+    box = entry.get("bbox")
+    if not (isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))):
+        raise UserError(f"{where}: bbox must be four finite numbers x, y, w, h, got {box!r}")
+    if box[2] <= 0 or box[3] <= 0:
+        raise UserError(f"{where}: bbox must have a positive width and height, got {box!r}")
+    score = entry.get("score", 1.0)
+    if not _is_number(score):
+        raise UserError(f"{where}: score must be a finite number, got {score!r}")
+    image_id, file_name = entry.get("image_id"), entry.get("file_name")
+    if isinstance(image_id, bool) or not isinstance(image_id, int | str | None):
+        raise UserError(f"{where}: image_id must be an integer or a string, got {image_id!r}")
+    if not isinstance(file_name, str | None):
+        raise UserError(f"{where}: file_name must be a string, got {file_name!r}")
+    if image_id is None and file_name is None:
+        raise UserError(f"{where}: names no image; image_id or file_name is needed")
+    x, y, width, height = map(float, box)
+    return Detection((x, y, width, height), float(score), image_id, file_name)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _json_type(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
+    return names.get(type(value), "null" if value is None else "a number")

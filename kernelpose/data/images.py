@@ -1,0 +1,76 @@
+"""Reading and writing pictures."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kernelpose.errors import UserError
+
+_EXIF_ORIENTATION = 0x0112
+
+
+def pillow(module: str) -> Any:
+    """A module of Pillow, or a UserError that says how to get it."""
+    try:
+        return importlib.import_module(f"PIL.{module}")
+    except ImportError as error:
+        raise UserError(
+            f"reading and drawing pictures needs Pillow ({error}): pip install kernelpose[predict]"
+        ) from error
+
+
+def read_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
+    """An image file as (H, W, 3) uint8 RGB, turned upright by its EXIF orientation.
+
+    Raises:
+        UserError: the file is missing, no picture, or cut short.
+    """
+    with _opened(path) as image:
+        return np.array(pillow("ImageOps").exif_transpose(image).convert("RGB"))
+
+
+def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """(height, width) of what `read_image` returns, from the file's head alone.
+
+    Raises:
+        UserError: the file is missing, no picture, or a picture without pixels.
+    """
+    with _opened(path) as image:
+        width, height = image.size
+        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+    if width == 0 or height == 0:
+        raise UserError(f"{path} is a picture without pixels: {width}x{height}")
+    return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
+    image_module = pillow("Image")
+    if not Path(path).is_file():
+        raise UserError(f"no such image file: {path}")
+    try:
+        with image_module.open(path) as image:
+            yield image
+    except image_module.UnidentifiedImageError as error:
+        raise UserError(f"{path} is not an image that Pillow can read") from error
+    except (OSError, SyntaxError, ValueError, image_module.DecompressionBombError) as error:
+        raise UserError(f"cannot read the image {path}: {error}") from error
+
+
+def write_png(path: str | os.PathLike[str], pixels: NDArray[np.uint8]) -> None:
+    """Write (H, W, 3) uint8 RGB; the file appears whole or not at all."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        pillow("Image").fromarray(pixels).save(partial, format="png")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

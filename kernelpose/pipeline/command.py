@@ -1,0 +1,225 @@
+"""`kernelpose predict IMAGE...`: keypoints as COCO JSON, and an overlay of each image."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+import kernelpose
+from kernelpose.codecs import DECODE_MODES
+from kernelpose.data.coco import (
+    PERSON_CATEGORY,
+    Detection,
+    image_ids,
+    person_score,
+    read_detections,
+    write_json,
+)
+from kernelpose.data.images import read_image, read_size, write_png
+from kernelpose.errors import UserError
+from kernelpose.pipeline.overlay import Person, draw_poses
+from kernelpose.pipeline.predictor import Poses, Predictor
+
+RESULTS = "keypoints.json"
+# Detectors list dozens of boxes that are hardly anybody: COCO's evaluation wants them all in the
+# results, a picture does not.
+MIN_DRAWN_BOX_SCORE = 0.3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the subcommand."""
+    parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path)
+    parser.add_argument(
+        "--boxes",
+        metavar="FILE",
+        type=Path,
+        help="persons as COCO detections, [{image_id or file_name, bbox: [x, y, w, h], score}]; "
+        "an image_id is matched to a numeric file name; the whole image where there is none",
+    )
+    add_model_argument(parser)
+    parser.add_argument(
+        "--checkpoint", metavar="FILE", type=Path, help="weights, in any layout; random without"
+    )
+    parser.add_argument(
+        "--flip-test", action="store_true", help="average with the mirrored image: slower, better"
+    )
+    parser.add_argument(
+        "--decode",
+        choices=DECODE_MODES,
+        default="mmpose1",
+        help="how heatmaps become points (default: %(default)s)",
+    )
+    add_out_argument(parser)
+
+
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    """`--model`, the same in every command that runs one."""
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        default="vitpose-b",
+        help=f"one of {', '.join(kernelpose.list_models())} (default: %(default)s)",
+    )
+
+
+def add_out_argument(parser: argparse.ArgumentParser) -> None:
+    """`--out`, the same in every command that writes pictures."""
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        default=Path("kernelpose-out"),
+        help="where results go (default: %(default)s)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Predict, write the results, and say where they are."""
+    detections = None if args.boxes is None else read_detections(args.boxes)
+    tasks = _tasks(args.images, detections)
+    model = load_model(args.model, args.checkpoint)
+    predictor = Predictor(model, flip_test=args.flip_test, decode=args.decode)
+    make_directory(args.out)
+    results: list[dict[str, Any]] = []
+    for task, poses in _with_progress(predictor, tasks):
+        persons = _persons(task, poses)
+        results += _coco_results(task, persons)
+        drawn = [
+            person
+            for person, (_, score) in zip(persons, task.boxes, strict=True)
+            if score >= MIN_DRAWN_BOX_SCORE
+        ]
+        write_png(args.out / task.overlay, draw_poses(read_image(task.path), drawn))
+    write_json(args.out / RESULTS, results)
+    without = sum(not task.detected for task in tasks) if detections is not None else 0
+    if without:
+        print(f"{args.boxes} has no box for {without} of the images: the whole image was taken")
+    print(
+        f"{_count(len(results), 'person')} in {_count(len(tasks), 'image')}: "
+        f"{args.out / RESULTS} and {_count(len(tasks), 'overlay')}, {args.out / tasks[0].overlay}"
+        + (" ..." if len(tasks) > 1 else "")
+    )
+    return 0
+
+
+def load_model(name: str, checkpoint: Path | None) -> nn.Module:
+    """The named model on the GPU if there is one, with a checkpoint's weights or random ones.
+
+    Says which. Random weights are the same on every call.
+
+    Raises:
+        UserError: no such model, or a checkpoint that does not fill it.
+    """
+    torch.manual_seed(0)
+    model = kernelpose.create_model(name)
+    if checkpoint is None:
+        print(f"no --checkpoint: the weights of {name} are random, and so is what it finds")
+    else:
+        report = kernelpose.load_checkpoint(model, checkpoint)
+        if report.missing:
+            raise UserError(
+                f"{checkpoint} does not fit --model {name}: it lacks {len(report.missing)} of the "
+                f"model's tensors, {report.missing[0]} for one"
+            )
+        print(f"{checkpoint}: {report}")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def make_directory(path: Path) -> None:
+    """Make sure that a directory is there, or raise UserError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the directory {path}: {error.strerror}") from error
+
+
+@dataclass(frozen=True)
+class _Task:
+    path: Path
+    image_id: int
+    overlay: str
+    boxes: list[tuple[tuple[float, float, float, float], float]]
+    detected: bool
+
+
+def _tasks(paths: Sequence[Path], detections: list[Detection] | None) -> list[_Task]:
+    """What to do, with every input looked at before the first long computation."""
+    tasks = []
+    taken: set[str] = set()
+    for path, image_id in zip(paths, image_ids(paths), strict=True):
+        height, width = read_size(path)
+        found = [found for found in detections or [] if found.is_of(path)]
+        for detection in found:
+            x, y, w, h = detection.box
+            if x >= width or y >= height or x + w <= 0 or y + h <= 0:
+                raise UserError(
+                    f"a box of {path} lies outside the {width}x{height} picture: "
+                    f"x, y, w, h = {', '.join(f'{side:g}' for side in detection.box)}"
+                )
+        boxes = [(detection.box, detection.score) for detection in found]
+        whole = [((0.0, 0.0, float(width), float(height)), 1.0)]
+        overlay = f"{path.stem}_pose.png"
+        number = 2
+        while overlay in taken:
+            overlay = f"{path.stem}_pose_{number}.png"
+            number += 1
+        taken.add(overlay)
+        tasks.append(_Task(path, image_id, overlay, boxes or whole, bool(boxes)))
+    return tasks
+
+
+def _with_progress(predictor: Predictor, tasks: list[_Task]) -> Iterator[tuple[_Task, Poses]]:
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise UserError(
+            f"the progress bar needs tqdm ({error}): pip install kernelpose[predict]"
+        ) from error
+    items = ((read_image(task.path), [box for box, _ in task.boxes]) for task in tasks)
+    bar = tqdm(
+        total=sum(len(task.boxes) for task in tasks), unit=" persons", file=sys.stderr, delay=0.5
+    )
+    with bar:
+        for task, poses in zip(tasks, predictor.stream(items), strict=True):
+            yield task, poses
+            bar.update(len(task.boxes))
+
+
+def _persons(task: _Task, poses: Poses) -> list[Person]:
+    keypoints: NDArray[np.float32] = poses.keypoints.cpu().numpy()
+    scores: NDArray[np.float32] = poses.scores.cpu().numpy()
+    return [
+        Person(points, joints, person_score(box_score, joints))
+        for points, joints, (_, box_score) in zip(keypoints, scores, task.boxes, strict=True)
+    ]
+
+
+def _coco_results(task: _Task, persons: list[Person]) -> list[dict[str, Any]]:
+    """Entries of a COCO keypoint result file; readers of those ignore ``file_name``."""
+    return [
+        {
+            "image_id": task.image_id,
+            "file_name": task.path.name,
+            "category_id": PERSON_CATEGORY,
+            "keypoints": [
+                round(float(value), 3)
+                for point, score in zip(person.keypoints, person.scores, strict=True)
+                for value in (*point, score)
+            ],
+            "score": round(person.score, 5),
+        }
+        for person in persons
+    ]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
