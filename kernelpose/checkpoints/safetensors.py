@@ -66,8 +66,9 @@ def write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for tensor in tensors.values():
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            file.write(flat.view(torch.uint8).numpy().tobytes())
+            if tensor.numel():
+                flat = tensor.detach().cpu().contiguous().view(-1)
+                file.write(flat.view(torch.uint8).numpy().tobytes())
 
 
 def _tensor(
@@ -78,4 +79,7 @@ def _tensor(
     if not 0 <= begin <= end <= len(data) or end - begin != math.prod(shape) * kind.itemsize:
         raise ValueError(f"bytes {begin} to {end} do not hold {dtype} {shape}")
     # A copy, as the bytes of a tensor need not be aligned to its type.
-    return torch.from_numpy(data[begin:end].copy()).view(kind).reshape(shape)
+    tensor = torch.empty(shape, dtype=kind)
+    if tensor.numel():
+        tensor.view(-1).view(torch.uint8).copy_(torch.from_numpy(data[begin:end]))
+    return tensor

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kernelpose.models.decoders import build_decoder
-from kernelpose.models.vit import PATCH_PADDING, PATCH_SIZE, VisionTransformer
+from kernelpose.models.vit import PATCH_PADDING, VisionTransformer
 from kernelpose.models.zoo import register
 
 # Sizes and drop path of the released configurations; S has 12 heads of 32.
@@ -81,9 +81,9 @@ class ViTPose(nn.Module):
         super().__init__()
         if patch_stride not in PATCH_PADDING:
             raise ValueError(f"patch_stride must be 16 or 8, got {patch_stride}")
-        if len(image_size) != 2 or min(image_size) < PATCH_SIZE:
+        if len(image_size) != 2 or min(image_size) < patch_stride:
             raise ValueError(
-                f"image_size must be (height, width) of at least {PATCH_SIZE}, got {image_size}"
+                f"image_size must be (height, width) of at least {patch_stride}, got {image_size}"
             )
         if not 0.0 <= drop_path < 1.0:
             raise ValueError(f"drop_path must lie in [0, 1), got {drop_path}")
@@ -137,9 +137,10 @@ class ViTPose(nn.Module):
 
         Returns (B, K, H / 4, W / 4). Raises ValueError for another shape or data set.
         """
-        if images.dim() != 4 or images.shape[1] != 3 or min(images.shape[2:]) < PATCH_SIZE:
+        least = self.backbone.patch_embed.stride
+        if images.dim() != 4 or images.shape[1] != 3 or min(images.shape[2:]) < least:
             raise ValueError(
-                f"images must be (B, 3, H, W) with sides of at least {PATCH_SIZE}, "
+                f"images must be (B, 3, H, W) with sides of at least {least}, "
                 f"got {tuple(images.shape)}"
             )
         if not images.is_floating_point():

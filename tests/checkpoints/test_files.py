@@ -1,0 +1,208 @@
+"""Checkpoint files: what is read, what is refused, what is written; the convert command."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kernelpose import UserError, cli
+from kernelpose.checkpoints import command
+from kernelpose.checkpoints.files import read_state_dict, write_state_dict
+
+StateDict = dict[str, torch.Tensor]
+Make = dict[str, Callable[..., StateDict]]
+
+
+class Code:
+    """What a weights-only load must not build."""
+
+
+def truncated(path: Path, content: bytes, keep: float) -> Path:
+    path.write_bytes(content[: int(len(content) * keep)])
+    return path
+
+
+def saved(path: Path, content: object, *, zipped: bool = True) -> bytes:
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    return path.read_bytes()
+
+
+def bad_files(folder: Path, good: StateDict) -> dict[str, tuple[Path, str]]:
+    """name: (file, what the sentence says)."""
+    whole, old = saved(folder / "whole", good), saved(folder / "old", good, zipped=False)
+    write_state_dict(folder / "whole.safetensors", good, wrap=False)
+    tensors = (folder / "whole.safetensors").read_bytes()
+    broken_header = tensors[:9] + b"#" + tensors[10:]
+    (folder / "text").write_text("not a checkpoint, but a letter")
+    (folder / "empty").touch()
+    (folder / "header").write_bytes(broken_header)
+    (folder / "rubbish").write_bytes(b"\x80\x02" + bytes(range(256)))
+    saved(folder / "code", {"state_dict": good, "hook": Code()})
+    saved(folder / "list", [1, 2, 3])
+    saved(folder / "numbers", {"epoch": 3})
+    saved(folder / "stranger", {"fc.weight": torch.zeros(2, 2)})
+    saved(folder / "shape", {**good, "backbone.last_norm.weight": torch.zeros(13)})
+    (folder / "folder").mkdir()
+    damage = "is truncated or damaged"
+    return {
+        "absent": (folder / "absent", "cannot be read: No such file"),
+        "folder": (folder / "folder", "cannot be read: Is a directory"),
+        "empty": (folder / "empty", "is not a checkpoint"),
+        "text": (folder / "text", "is not a checkpoint"),
+        "rubbish": (folder / "rubbish", damage),
+        "half a zip": (truncated(folder / "a", whole, 0.5), damage),
+        "most of a zip": (truncated(folder / "b", whole, 0.99), damage),
+        "half a pickle": (truncated(folder / "c", old, 0.5), damage),
+        "most of a pickle": (truncated(folder / "d", old, 0.99), damage),
+        "half a safetensors": (truncated(folder / "e", tensors, 0.5), damage),
+        "broken header": (folder / "header", damage),
+        "code": (folder / "code", "needs code to unpickle"),
+        "list": (folder / "list", "holds no state_dict"),
+        "numbers": (folder / "numbers", "holds no state_dict"),
+        "stranger": (folder / "stranger", "checkpoint must be ViTPose's"),
+        "shape": (folder / "shape", r"last_norm.weight must be \(12,\) beside"),
+    }
+
+
+NAMES = (
+    "absent folder empty text rubbish code list numbers stranger shape,half a zip,most of a zip,"
+    "half a pickle,most of a pickle,half a safetensors,broken header"
+)
+BAD = [*NAMES.split(",")[0].split(), *NAMES.split(",")[1:]]
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_file_gets_one_sentence_and_exit_code_2(
+    make: Make, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = bad_files(tmp_path, make["official"]("simple"))
+    assert sorted(files) == sorted(BAD)
+    path, message = files[name]
+    out = tmp_path / "out" / "converted.pth"
+    out.parent.mkdir()
+    with pytest.raises(UserError, match=message) as error:
+        convert(path, out, "mmpose1")
+    assert "\n" not in str(error.value)
+    assert cli.main(["convert", str(path), str(out), "--to", "mmpose1"]) == 2
+    printed = capsys.readouterr()
+    assert len(printed.err.strip().splitlines()) == 1
+    assert "Traceback" not in printed.err
+    assert list(out.parent.iterdir()) == []
+
+
+def convert(source: Path, target: Path, to: str, *more: str) -> int:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.run(parser.parse_args([str(source), str(target), "--to", to, *more]))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_files_round_trip_bit_for_bit(
+    make: Make, layout: str, suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = make[layout]()
+    source, ours, back = (tmp_path / f"{name}{suffix}" for name in ("in", "ours", "back"))
+    write_state_dict(source, state, wrap=False)
+    assert convert(source, ours, "kernelpose") == 0
+    assert capsys.readouterr().out.startswith(f"{layout} layout: ")
+    assert convert(ours, back, layout) == 0
+    found = read_state_dict(back)
+    assert found.keys() == state.keys()
+    for name, tensor in state.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+    assert {path.name for path in tmp_path.iterdir()} == {source.name, ours.name, back.name}
+
+
+def test_official_and_mmpose1_files_are_wrapped_and_transformers_ones_are_not(
+    make: Make, tmp_path: Path
+) -> None:
+    source = tmp_path / "in.pth"
+    torch.save(make["official"](), source)
+    for to, wrapped in (("official", True), ("mmpose1", True), ("transformers", False)):
+        convert(source, tmp_path / to, to)
+        content = torch.load(tmp_path / to, weights_only=True)
+        assert ("state_dict" in content) is wrapped
+
+
+def test_converting_in_place_replaces_the_file(make: Make, tmp_path: Path) -> None:
+    path = tmp_path / "model.pth"
+    torch.save({"state_dict": make["mmpose1"]()}, path)
+    assert convert(path, path, "official") == 0
+    assert read_state_dict(path).keys() == make["official"]().keys()
+
+
+def test_the_command_takes_a_data_set_and_a_grid(make: Make, tmp_path: Path) -> None:
+    state = make["official"]("simple", (17, 14), 3)
+    state["backbone.pos_embed"] = torch.zeros(1, 11, 12)
+    torch.save(state, tmp_path / "in")
+    convert(tmp_path / "in", tmp_path / "o", "kernelpose", "--dataset", "aic", "--grid", "5", "2")
+    found = read_state_dict(tmp_path / "o")
+    assert found["backbone.pos_grid"].tolist() == [5, 2]
+    assert found["keypoint_head.final_layer.bias"].shape == (14,)
+
+
+@pytest.mark.parametrize("target", ["nowhere/out.pth", "in.pth/out.pth", "folder"])
+def test_a_target_that_cannot_be_written_is_named(make: Make, target: str, tmp_path: Path) -> None:
+    torch.save(make["official"](), tmp_path / "in.pth")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="cannot be written"):
+        convert(tmp_path / "in.pth", tmp_path / target, "mmpose1")
+    assert {path.name for path in tmp_path.iterdir()} == {"in.pth", "folder"}
+
+
+def test_a_write_that_fails_leaves_the_old_file(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.pth"
+    path.write_bytes(b"old")
+
+    def full_disk(content: object, file: Path) -> None:
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(UserError, match="No space left on device"):
+        write_state_dict(path, make["official"](), wrap=True)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_numpy_arrays_beside_the_tensors_are_no_obstacle(
+    make: Make, tmp_path: Path, zipped: bool
+) -> None:
+    meta = {
+        "weights": np.ones(17, np.float32),
+        "sigmas": np.arange(3.0),
+        "links": np.array([[0, 1]]),
+        "seen": np.int64(3),
+    }
+    path = tmp_path / "in.pth"
+    saved(path, {"state_dict": make["mmpose1"](), "meta": meta}, zipped=zipped)
+    assert read_state_dict(path).keys() == make["mmpose1"]().keys()
+
+
+def test_safetensors_holds_every_dtype_and_odd_sizes(tmp_path: Path) -> None:
+    state = {
+        "half": torch.randn(3).half(),
+        "bfloat": torch.randn(2, 3).bfloat16(),
+        "scalar": torch.tensor(5),
+        "flag": torch.tensor([True, False, True]),
+        "double": torch.randn(2, 2).double().t(),
+        "none": torch.zeros(0, 4),
+    }
+    path = tmp_path / "x.safetensors"
+    write_state_dict(path, state, wrap=True)
+    found = read_state_dict(path)
+    assert found.keys() == state.keys()
+    for name, tensor in state.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+    with pytest.raises(UserError, match="cannot hold"):
+        write_state_dict(path, {"x": torch.zeros(1, dtype=torch.complex64)}, wrap=False)
+    assert read_state_dict(path).keys() == state.keys()
