@@ -9,6 +9,11 @@
 
 #ifdef KERNELPOSE_EMULATOR
 #include "emulator_ptx.h"
+
+namespace kernelpose {
+__device__ inline float exp2_approx(float x) { return exp2f(x); }
+}  // namespace kernelpose
+
 #else
 
 namespace kernelpose {
@@ -19,9 +24,9 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 
 // d = a (16 x 16) * b (16 x 8) + c (16 x 8), T = __half or __nv_bfloat16, sums in float32. With
 // g = lane / 4 and t = lane % 4, a lane holds
-//   a[0] = A[g][2t, 2t+1]  a[1] = A[g+8][2t, 2t+1]  a[2] = A[g][2t+8, 2t+9]  a[3] = A[g+8][2t+8, ..]
-//   b[0] = B[2t, 2t+1][g]  b[1] = B[2t+8, 2t+9][g]
-//   c, d = C[g][2t], C[g][2t+1], C[g+8][2t], C[g+8][2t+1]
+//   a[0], a[1] = A[g], A[g + 8] at columns 2t, 2t + 1;  a[2], a[3] = the same 8 columns further
+//   b[0] = B at rows 2t, 2t + 1 of column g;            b[1] = the same 8 rows further
+//   c, d = C[g][2t], C[g][2t + 1], C[g + 8][2t], C[g + 8][2t + 1]
 template <class T>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4],
                                              const uint32_t (&b)[2], const float (&c)[4]);
@@ -50,8 +55,8 @@ __device__ __forceinline__ void mma_m16n8k16<__nv_bfloat16>(float (&d)[4], const
 }
 
 // Four (two) 8 x 8 matrices of 16-bit elements. Lane l names row l % 8 of matrix l / 8 (16 bytes,
-// 16-byte aligned; x2 reads the addresses of lanes 0..15). r[i] of lane l = matrix i at
-// [l / 4][2 (l % 4)] and its right neighbour, or at [2 (l % 4)][l / 4] and the one below for _trans.
+// 16-byte aligned; x2 reads the addresses of lanes 0..15). With g = lane / 4 and t = lane % 4, r[i]
+// is matrix i at row g, columns 2t and 2t + 1; for _trans at column g, rows 2t and 2t + 1.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -97,6 +102,13 @@ __device__ __forceinline__ void cp_async_commit() {
 template <int N>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// 2^x with a relative error of 2 ulp; results below 2^-126 are 0.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
 }  // namespace kernelpose
