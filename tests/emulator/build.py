@@ -17,13 +17,14 @@ CACHE = HERE / ".build"
 CXX = os.environ.get("CXX", "g++")
 
 INCLUDES = [HERE / "include", HERE / "runtime", ROOT / "csrc" / "include", ROOT / "csrc"]
-COMMON = ["-std=c++17", "-g", "-fPIC", "-DKERNELPOSE_EMULATOR", "-Wall", "-Wextra"]
+COMMON = ["-std=c++17", "-g", "-fPIC", "-Wall", "-Wextra"]
 COMMON += ["-ffp-contract=off", "-Wno-unknown-pragmas"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 RUNTIME_FLAGS = ["-O2"]  # the emulator moves stacks and poisons memory: it is not sanitised itself
 HOST_FLAGS = ["-O1", *SANITIZE]
 # Checks as calls, so that runtime/races.cpp sees every access to shared memory.
-CUDA_FLAGS = [*HOST_FLAGS, "--param", "asan-instrumentation-with-call-threshold=0"]
+CUDA_FLAGS = [*HOST_FLAGS, "-DKERNELPOSE_EMULATOR"]
+CUDA_FLAGS += ["--param", "asan-instrumentation-with-call-threshold=0"]
 
 
 def library(sources: Sequence[Path], name: str) -> Path:
@@ -38,9 +39,13 @@ def extension() -> Path:
 
     python = ["-I", sysconfig.get_path("include"), "-I", pybind11.get_include()]
     defines = ["-DKERNELPOSE_WITH_CUDA", "-DKERNELPOSE_MODULE=emulated"]
+    defines += ['-DKERNELPOSE_COMPILER="g++ for the emulator"']
     csrc = ROOT / "csrc"
     objects = [_object(csrc / "bindings.cpp", [*HOST_FLAGS, *python, *defines])]
-    objects += [_object(source, HOST_FLAGS) for source in sorted((csrc / "cpu").glob("*.cpp"))]
+    objects += [
+        _object(source, [*HOST_FLAGS, "-DKP_ISA=baseline"])
+        for source in sorted((csrc / "cpu").glob("*.cpp"))
+    ]
     objects += [
         _object(source, CUDA_FLAGS, ["-x", "c++"])
         for source in sorted((csrc / "cuda").glob("*.cu"))

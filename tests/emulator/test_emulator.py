@@ -207,7 +207,5 @@ def test_conversions(name: str, dtype: torch.dtype) -> None:
     expected = x.to(dtype)
     assert torch.equal(result.args[1].isnan(), expected.isnan())
     number = ~expected.isnan()
-    assert torch.equal(
-        result.args[1][number].view(torch.int16), expected[number].view(torch.int16)
-    )
+    assert torch.equal(result.args[1][number].view(torch.int16), expected[number].view(torch.int16))
     assert torch.equal(result.args[2][number], expected[number].float())

@@ -10,7 +10,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <map>
 #include <mutex>
 #include <numeric>
 #include <random>
@@ -51,8 +50,8 @@ const char* base_name(const char* path) {
   return slash == nullptr ? path : slash + 1;
 }
 
-std::string left_out;                // "file.cu:12": this meeting point does nothing
-std::map<std::string, long> passed;  // how often each one was reached, for the report at exit
+std::string left_out;  // file and line of a meeting point that does nothing, "" for none
+int left_out_line;
 
 std::string name_of(Site site) {
   return std::string(base_name(site.file)) + ":" + std::to_string(site.line);
@@ -235,20 +234,8 @@ void run_block(Dim index, uint64_t number, long seed) {
   host.switch_to(first.context);
 }
 
-void write_passed() {
-  const char* path = std::getenv("KERNELPOSE_EMULATOR_TRACE");
-  if (path == nullptr) return;
-  if (FILE* file = std::fopen(path, "w")) {
-    for (const auto& [site, count] : passed) std::fprintf(file, "%s %ld\n", site.c_str(), count);
-    std::fclose(file);
-  }
-}
-
-// Counts the visit; true if the meeting point is to be left out.
-bool visit(Site site) {
-  const std::string name = name_of(site);
-  ++passed[name];
-  return name == left_out;
+bool is_left_out(Site site) {
+  return site.line == left_out_line && left_out == base_name(site.file);
 }
 
 void wait_for_block(const char* what, Site site) {
@@ -282,12 +269,11 @@ void* dynamic_shared() { return block.shared; }
 int shared_limit() { return int(environment("KERNELPOSE_EMULATOR_SHARED_LIMIT", 227 << 10)); }
 
 void sync_threads(Site site) {
-  if (visit(site)) return;
+  if (is_left_out(site)) return;
   wait_for_block("__syncthreads", site);
 }
 
 int sync_threads_count(bool predicate, Site site) {
-  visit(site);
   block.votes += predicate;
   wait_for_block("__syncthreads_count", site);
   return block.votes_counted;
@@ -324,7 +310,7 @@ void meet(const char* what, uint32_t mask, void* slot, Complete complete, Site s
 }
 
 void sync_warp(uint32_t mask, Site site) {
-  if (visit(site)) return;
+  if (is_left_out(site)) return;
   meet("__syncwarp", mask, current, [](void* const(&slots)[kWarp]) {
     uint32_t lanes = 0;
     for (int lane = 0; lane < kWarp; ++lane) lanes |= uint32_t{slots[lane] != nullptr} << lane;
@@ -348,13 +334,13 @@ void cp_async_16(void* shared, const void* global, bool valid, Site site) {
 }
 
 void cp_async_commit(Site site) {
-  if (visit(site)) return;
+  if (is_left_out(site)) return;
   current->groups.push_back(std::move(current->open_group));
   current->open_group.clear();
 }
 
 void cp_async_wait(int groups_left, Site site) {
-  if (visit(site)) return;
+  if (is_left_out(site)) return;
   auto& groups = current->groups;
   while (int(groups.size()) > groups_left) {
     for (const Copy& copy : groups.front()) {
@@ -379,8 +365,11 @@ int run_grid(Dim grid, Dim size, size_t shared_bytes, void (*body)(void*), void*
   }
   if (shared_bytes > size_t(shared_limit())) return cudaErrorInvalidValue;
   const long seed = environment("KERNELPOSE_EMULATOR_SEED", 0);
-  const char* skip = std::getenv("KERNELPOSE_EMULATOR_SKIP");
+  const char* skip = std::getenv("KERNELPOSE_EMULATOR_SKIP");  // "file.cu:12"
   left_out = skip == nullptr ? "" : skip;
+  const size_t colon = std::min(left_out.find(':'), left_out.size());
+  left_out_line = std::atoi(left_out.c_str() + std::min(colon + 1, left_out.size()));
+  left_out.resize(colon);
 
   block.grid = grid;
   block.size = size;
@@ -398,7 +387,6 @@ int run_grid(Dim grid, Dim size, size_t shared_bytes, void (*body)(void*), void*
                unsigned(number / grid.x / grid.y)},
               number, seed);
   }
-  write_passed();
   return cudaSuccess;
 }
 
