@@ -61,6 +61,7 @@ def convert_state_dict(
     if several and (dataset or to in ("mmpose1", "transformers")):
         tensors = select_decoder(tensors, dataset)
         notes.append(f"decoder taken of {', '.join(several)}: {dataset or 'coco'}")
+    taken = tuple(tensors)
     if to == "kernelpose":
         tensors[GRID] = torch.tensor(source_grid(tensors, grid))
     if to == "mmpose1" and POSITIONS in tensors and tensors[POSITIONS][:, :1].any():
@@ -73,7 +74,7 @@ def convert_state_dict(
         )
     report = CheckpointReport(
         imported.layout,
-        tuple(name for name in tensors if name not in unknown and name not in homeless),
+        tuple(name for name in taken if name not in unknown and name not in homeless),
         tuple(missing),
         (*imported.left_over, *unknown, *(name for name in homeless if name not in unknown)),
         tuple(notes),

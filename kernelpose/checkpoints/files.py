@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from kernelpose.errors import UserError
 
 StateDict = dict[str, torch.Tensor]
 
-# What torch.load raises for a damaged file depends on where the damage is.
+# What torch.load raises for a damaged file depends on where the damage is. A test damages files at
+# random to find what is not here.
 _DAMAGE = (
     pickle.UnpicklingError,
     RuntimeError,
@@ -28,6 +30,7 @@ _DAMAGE = (
     TypeError,
     AttributeError,
     AssertionError,
+    struct.error,
 )
 
 

@@ -81,7 +81,8 @@ def load_checkpoint(
     model.load_state_dict(matched, strict=False)
     return CheckpointReport(
         imported.layout,
-        tuple(matched),
+        # Not the grid that was put beside the table for a layout that does not record it.
+        tuple(name for name in matched if name != GRID or GRID in state_dict),
         tuple(name for name in own if name not in matched),
         tuple(imported.left_over) + tuple(name for name in tensors if name not in own),
         tuple(imported.notes),

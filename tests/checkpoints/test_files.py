@@ -69,6 +69,32 @@ def bad_files(folder: Path, good: StateDict) -> dict[str, tuple[Path, str]]:
     }
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
+def test_random_damage_never_gets_past_the_sentence(tmp_path: Path) -> None:
+    good = {"a.weight": torch.randn(3, 4), "b.weight": torch.randn(2), "n": torch.tensor(3)}
+    wrapped = {"state_dict": good, "meta": {"epoch": 1}}
+    whole = [saved(tmp_path / "x", wrapped, zipped=zipped) for zipped in (True, False)]
+    write_state_dict(tmp_path / "x.safetensors", good, wrap=False)
+    whole.append((tmp_path / "x.safetensors").read_bytes())
+    random = np.random.default_rng(0)
+    read = refused = 0
+    for number in range(600):
+        content = np.frombuffer(whole[number % 3], np.uint8).copy()
+        if random.random() < 0.3:
+            content = content[: random.integers(len(content))]
+        reach = min(len(content), (60, 400, len(content))[random.integers(3)])
+        for place in random.integers(max(reach, 1), size=random.choice([1, 2, 8])):
+            content[place : place + 1] = random.integers(256)
+        (tmp_path / "x").write_bytes(content.tobytes())
+        try:
+            read_state_dict(tmp_path / "x")
+            read += 1
+        except UserError:
+            refused += 1
+    assert read + refused == 600
+    assert refused > 300
+
+
 NAMES = (
     "absent folder empty text rubbish code list numbers stranger shape,half a zip,most of a zip,"
     "half a pickle,most of a pickle,half a safetensors,broken header"
