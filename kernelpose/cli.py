@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from kernelpose import __version__
+from kernelpose.backend import BackendError
 from kernelpose.errors import UserError
 
 # name: module with add_arguments(parser) and run(args) -> exit code, and a line of help. A module
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         code: int = args.run(args)
-    except UserError as error:
+    except (UserError, BackendError) as error:
         print(f"kernelpose: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

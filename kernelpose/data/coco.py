@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kernelpose.data.files import replacing
 from kernelpose.errors import UserError
 
 PERSON_CATEGORY = 1
@@ -85,15 +86,9 @@ def image_ids(paths: Sequence[Path]) -> list[int]:
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
-    """Write JSON; the file appears whole or not at all."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(content, file, allow_nan=False)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Write JSON, whole or not at all."""
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
+        json.dump(content, file, allow_nan=False)
 
 
 def _detection(entry: dict[str, Any], where: str) -> Detection:

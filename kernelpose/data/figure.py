@@ -58,7 +58,7 @@ def draw_figure() -> Figure:
     _paint_head(painter, point)
     keypoints = np.array(list(_JOINTS.values()), np.float32)
     # From the hair to the soles, the raised hand included.
-    box = np.array([108, 48, 280, 536], np.float32)
+    box = np.array([118, 38, 262, 558], np.float32)
     return Figure(np.rint(canvas).clip(0, 255).astype(np.uint8), keypoints, box)
 
 

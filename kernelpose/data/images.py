@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kernelpose.data.files import replacing
 from kernelpose.errors import UserError
 
 _EXIF_ORIENTATION = 0x0112
@@ -66,11 +67,6 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
 
 
 def write_png(path: str | os.PathLike[str], pixels: NDArray[np.uint8]) -> None:
-    """Write (H, W, 3) uint8 RGB; the file appears whole or not at all."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    try:
+    """Write (H, W, 3) uint8 RGB as a PNG, whole or not at all."""
+    with replacing(path) as partial:
         pillow("Image").fromarray(pixels).save(partial, format="png")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from kernelpose.data.files import replacing
 from kernelpose.errors import UserError
 
 _OURS, _OTHERS, _INK, _QUIET = "#ff961c", "#b9c2cf", "#1b222d", "#66707f"
@@ -53,9 +54,5 @@ def draw_chart(path: Path, comparisons: list[Comparison], caption: str) -> None:
         axes.spines["left"].set_color(_OTHERS)
     figure.text(0.04, 0.02, caption, fontsize=8.5, color=_QUIET)
     figure.tight_layout(rect=(0.02, 0.045, 0.98, 0.97), h_pad=1.6)
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with replacing(path) as partial:
         figure.savefig(partial, format="png")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -24,6 +24,7 @@ from kernelpose.data.coco import (
     read_detections,
     write_json,
 )
+from kernelpose.data.files import make_directory
 from kernelpose.data.images import read_image, read_size, write_png
 from kernelpose.errors import UserError
 from kernelpose.pipeline.overlay import Person, draw_poses
@@ -58,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="mmpose1",
         help="how heatmaps become points (default: %(default)s)",
     )
-    add_out_argument(parser)
+    add_out_argument(parser, "predictions")
 
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
@@ -71,13 +72,13 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_out_argument(parser: argparse.ArgumentParser) -> None:
+def add_out_argument(parser: argparse.ArgumentParser, default: str) -> None:
     """`--out`, the same in every command that writes pictures."""
     parser.add_argument(
         "--out",
         metavar="DIR",
         type=Path,
-        default=Path("kernelpose-out"),
+        default=Path(default),
         help="where results go (default: %(default)s)",
     )
 
@@ -132,14 +133,6 @@ def load_model(name: str, checkpoint: Path | None) -> nn.Module:
             )
         print(f"{checkpoint}: {report}")
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-
-
-def make_directory(path: Path) -> None:
-    """Make sure that a directory is there, or raise UserError."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the directory {path}: {error.strerror}") from error
 
 
 @dataclass(frozen=True)

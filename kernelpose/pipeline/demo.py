@@ -18,10 +18,11 @@ from kernelpose.codecs import decode_heatmap, encode_udp, heatmap_to_image
 from kernelpose.data.boxes import box_to_center_scale, warp_matrix
 from kernelpose.data.crop import crop_image, normalize
 from kernelpose.data.figure import Figure, draw_figure
+from kernelpose.data.files import make_directory
 from kernelpose.data.images import read_image, write_png
 from kernelpose.nn import WindowAttention
 from kernelpose.pipeline.chart import Comparison, draw_chart
-from kernelpose.pipeline.command import add_model_argument, add_out_argument, make_directory
+from kernelpose.pipeline.command import add_model_argument, add_out_argument
 from kernelpose.pipeline.overlay import Person, draw_poses
 from kernelpose.pipeline.panels import Picture, draw_heatmaps, side_by_side, to_picture
 from kernelpose.pipeline.predictor import Predictor
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image", metavar="FILE", type=Path, help="a photograph; else the package draws a figure"
     )
     add_model_argument(parser)
-    add_out_argument(parser)
+    add_out_argument(parser, "demo")
 
 
 @torch.inference_mode()

@@ -54,7 +54,7 @@ def _draw_person(canvas: Array, person: Person, skeleton: Skeleton) -> None:
         for a, b in skeleton.links:
             width = radius * (0.6 if a in face or b in face else 1.0)
             color = SIDE_COLORS[skeleton.side(a, b)] if colored else _OUTLINE
-            grow, strength = (0.0, 0.95) if colored else (rim, 0.75)
+            grow, strength = (0.0, 1.0) if colored else (rim, 0.75)
             ends = points[[a, b]], opacity[[a, b]] * strength
             _stroke(canvas, *ends, width + grow, color)
     for joint, point in enumerate(points):
@@ -68,7 +68,7 @@ def _draw_person(canvas: Array, person: Person, skeleton: Skeleton) -> None:
 
 def _limb_radius(points: Array, shape: tuple[int, ...]) -> float:
     extent = float(np.linalg.norm(np.ptp(points, axis=0)))
-    return float(np.clip(0.0085 * extent, 1.3, 0.007 * (shape[0] + shape[1])))
+    return max(1.3, min(0.0085 * extent, 0.007 * (shape[0] + shape[1])))
 
 
 def _stroke(
@@ -91,7 +91,7 @@ def _write_labels(pixels: NDArray[np.uint8], persons: Sequence[Person]) -> NDArr
     draw = pillow("ImageDraw").Draw(base, "RGBA")
     for person in persons:
         extent = float(np.ptp(person.keypoints[:, 1]))
-        size = float(np.clip(0.05 * extent, 11, 0.035 * (height + width)))
+        size = max(8.0, min(max(0.05 * extent, 11.0), 0.035 * (height + width)))
         font = pillow("ImageFont").load_default(size)
         text = f"{person.score:.2f}"
         left, top, right, bottom = draw.textbbox((0, 0), text, font=font)

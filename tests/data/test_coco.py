@@ -1,0 +1,120 @@
+"""Detections files, good and bad, and COCO's conventions for results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kernelpose.data.coco import (
+    Detection,
+    image_ids,
+    person_score,
+    read_detections,
+    write_json,
+)
+from kernelpose.errors import UserError
+
+GOOD = {"image_id": 785, "category_id": 1, "bbox": [1, 2, 3.5, 4], "score": 0.5}
+
+
+def written(tmp_path: Path, content: Any) -> Path:
+    path = tmp_path / "boxes.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_the_published_detections(shared: Path) -> None:
+    folder = shared / "samples/coco"
+    detections = read_detections(
+        folder / "person_detection_results/COCO_val2017_detections_AP_H_56_person.json"
+    )
+    assert len(detections) == 118
+    images = sorted((folder / "val2017").glob("*.jpg"))
+    found = [sum(detection.is_of(path) for detection in detections) for path in images]
+    assert len(images) == 4
+    assert min(found) > 0
+    assert sum(found) == 118
+
+
+def test_defaults_and_categories(tmp_path: Path) -> None:
+    entries = [GOOD, {**GOOD, "category_id": 18}, {"file_name": "d/a.jpg", "bbox": [0, 0, 1, 1]}]
+    assert read_detections(written(tmp_path, entries)) == [
+        Detection((1.0, 2.0, 3.5, 4.0), 0.5, 785, None),
+        Detection((0.0, 0.0, 1.0, 1.0), 1.0, None, "d/a.jpg"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("image_id", "file_name", "path", "expected"),
+    [
+        (785, None, "000000000785.jpg", True),
+        (785, None, "elsewhere/785.png", True),
+        (785, None, "photo785.jpg", False),
+        ("street", None, "street.jpg", True),
+        ("street.jpg", None, "street.jpg", True),
+        (785, "a.jpg", "785.jpg", False),
+        (785, "val2017/a.jpg", "here/a.jpg", True),
+    ],
+)
+def test_matching(image_id, file_name, path: str, expected: bool) -> None:
+    detection = Detection((0, 0, 1, 1), 1.0, image_id, file_name)
+    assert detection.is_of(Path(path)) is expected
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("\x00", "is not JSON"),
+        ({"annotations": []}, "must hold a list of COCO detections, got an object"),
+        ("3", "must hold a list of COCO detections, got a number"),
+        ("null", "must hold a list of COCO detections, got null"),
+        ([GOOD, 7], "entry 1: must be an object, got a number"),
+        ([{"image_id": 1}], "entry 0: bbox must be four finite numbers .* got None"),
+        ([{**GOOD, "bbox": [1, 2, 3]}], r"bbox must be four .* got \[1, 2, 3\]"),
+        ([{**GOOD, "bbox": [1, 2, "3", 4]}], "bbox must be four finite numbers"),
+        ([{**GOOD, "bbox": [1, 2, float("nan"), 4]}], "bbox must be four finite numbers"),
+        ([{**GOOD, "bbox": [1, 2, 0, 4]}], "bbox must have a positive width and height"),
+        ([{**GOOD, "bbox": [1, 2, 3, -4]}], "bbox must have a positive width and height"),
+        ([{**GOOD, "score": "high"}], "score must be a finite number, got 'high'"),
+        ([{**GOOD, "image_id": 1.5}], "image_id must be an integer or a string, got 1.5"),
+        ([{**GOOD, "file_name": 3}], "file_name must be a string, got 3"),
+        ([{"bbox": [0, 0, 1, 1]}], "entry 0: names no image"),
+    ],
+)
+def test_bad_files(tmp_path: Path, content, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        read_detections(written(tmp_path, content))
+    assert "boxes.json" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot read the boxes file .*: No such file"):
+        read_detections(tmp_path / "none.json")
+    binary = tmp_path / "binary.json"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="is not JSON"):
+        read_detections(binary)
+
+
+def test_image_ids_differ() -> None:
+    paths = [Path(p) for p in ("000000000002.jpg", "a.jpg", "b.jpg", "other/2.png", "1.jpg")]
+    assert image_ids(paths) == [2, 3, 4, 5, 1]
+
+
+def test_rescoring() -> None:
+    assert person_score(0.5, [0.1, 0.2, 0.4, 0.8]) == pytest.approx(0.5 * 0.6)
+    assert person_score(0.9, [0.1, 0.0]) == 0.0
+
+
+def test_write_json_is_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    write_json(path, [1])
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(path, [float("nan")])
+    assert json.loads(path.read_text()) == [1]
+    assert list(tmp_path.iterdir()) == [path]

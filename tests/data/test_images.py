@@ -1,0 +1,79 @@
+"""Reading pictures: upright, in RGB, and with a sentence for what is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kernelpose.data.files import make_directory, replacing
+from kernelpose.data.images import read_image, read_size, write_png
+from kernelpose.errors import UserError
+
+Image = pytest.importorskip("PIL.Image")
+
+COLORS = np.arange(5 * 4 * 3, dtype=np.uint8).reshape(5, 4, 3)
+
+
+def test_png_round_trip(tmp_path: Path) -> None:
+    write_png(tmp_path / "a.png", COLORS)
+    assert np.array_equal(read_image(tmp_path / "a.png"), COLORS)
+    assert read_size(tmp_path / "a.png") == (5, 4)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_exif_orientation(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter clockwise
+    Image.fromarray(COLORS).save(tmp_path / "turned.png", exif=exif)
+    image = read_image(tmp_path / "turned.png")
+    assert np.array_equal(image, np.rot90(COLORS, -1))
+    assert read_size(tmp_path / "turned.png") == image.shape[:2] == (4, 5)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK"])
+def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / ("a.tiff" if mode == "CMYK" else "a.png")
+    Image.fromarray(COLORS).convert(mode).save(path)
+    image = read_image(path)
+    assert image.shape == (5, 4, 3)
+    assert image.dtype == np.uint8
+
+
+def test_what_is_no_picture(tmp_path: Path) -> None:
+    text, cut = tmp_path / "text.jpg", tmp_path / "cut.png"
+    text.write_text("no picture")
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    write_png(cut, noise)
+    cut.write_bytes(cut.read_bytes()[:5000])
+    empty = tmp_path / "empty.png"
+    empty.touch()
+    for path, message in (
+        (tmp_path / "none.jpg", "no such image file: .*none.jpg"),
+        (tmp_path, "no such image file"),
+        (text, "text.jpg is not an image"),
+        (empty, "empty.png is not an image"),
+        (cut, "cannot read the image .*cut.png"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            read_image(path)
+        assert "\n" not in str(error.value)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "kept.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), replacing(path) as partial:
+        partial.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_places_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot make the directory .*file/deeper"):
+        make_directory(tmp_path / "file" / "deeper")
+    with pytest.raises(UserError, match=r"cannot write .*missing/a.png"):
+        write_png(tmp_path / "missing" / "a.png", COLORS)

@@ -1,0 +1,62 @@
+"""Models small enough for tests of the pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import kernelpose
+from kernelpose.models import ViTPose
+
+
+class Mosaic(nn.Module):
+    """Each joint's heatmap is a fixed mix of the image's colours, averaged over 4x4 pixels.
+
+    Equivariant under shifts by 4 pixels, and under a mirror whose joints are swapped: the mix of a
+    right joint is that of its left one with red and blue exchanged.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image_size = (64, 48)
+        self.weight = nn.Parameter(torch.rand(17, 3, generator=torch.Generator().manual_seed(0)))
+        self.batches: list[int] = []
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.batches.append(len(images))
+        pooled = torch.nn.functional.avg_pool2d(images, 4)
+        return torch.einsum("kc,bchw->bkhw", self.weight, pooled).exp()
+
+
+@pytest.fixture
+def mosaic() -> Mosaic:
+    return Mosaic()
+
+
+@pytest.fixture
+def pictures() -> Callable[[int], list[np.ndarray]]:
+    def make(count: int) -> list[np.ndarray]:
+        generator = np.random.default_rng(count)
+        sizes = [(50 + 7 * i, 60 + 5 * i, 3) for i in range(count)]
+        return [generator.integers(0, 256, size, dtype=np.uint8) for size in sizes]
+
+    return make
+
+
+@pytest.fixture
+def tiny_vitpose(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """`kernelpose.create_model` makes a ViTPose of two narrow layers; returns the names asked."""
+    asked: list[str] = []
+
+    def create_model(name: str, **options: Any) -> nn.Module:
+        asked.append(name)
+        sizes = {"embed_dim": 24, "depth": 2, "num_heads": 2, "image_size": (64, 48)}
+        return ViTPose(**sizes, decoder="simple", **options)
+
+    monkeypatch.setattr(kernelpose, "create_model", create_model)
+    return asked
