@@ -100,6 +100,8 @@ def _unavailable(name: str, tensor: Tensor) -> str | None:
     device = tensor.device.type
     if name in ("torch", "eager"):
         return None
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return "torch.func transforms need plain PyTorch"
     if name == "triton":
         if not HAS_TRITON:
             return "Triton is not installed"

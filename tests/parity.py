@@ -23,6 +23,8 @@ def assert_parity(
     exact = exact.double()
     error = (got.double() - exact).abs().max().item()
     allowed = 2 * (eager.double() - exact).abs().max().item()
-    eps = torch.finfo(dtype or got.dtype).eps
-    allowed += FLOOR_ULP * eps * exact.abs().max().item()
+    dtype = dtype or got.dtype
+    ulp = torch.finfo(dtype).eps * exact.abs().max().item()
+    # In float64 eager and exact are one computation, whose own error nothing here measures.
+    allowed += (4 if dtype == torch.float64 else 1) * FLOOR_ULP * ulp
     assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"

@@ -1,0 +1,59 @@
+# make demo | test | test-full | bench | gpu | lint | format | clean
+#
+# Each target prepares what it needs: a virtual environment in .venv with the pinned requirements,
+# and the package in it, editable, so that only what was edited is compiled again.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+IMAGE ?=
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+
+SOURCES := $(shell find csrc -type f) setup.py CMakeLists.txt pyproject.toml
+
+.PHONY: help setup demo test test-full bench gpu lint format clean
+
+help:
+	@sed -n '1,4s/^# *//p' Makefile
+
+$(BIN)/requirements.stamp: requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --requirement requirements-dev.txt
+	@touch $@
+
+$(BIN)/build.stamp: $(BIN)/requirements.stamp $(SOURCES)
+	PATH="$(abspath $(BIN)):$$PATH" MAX_JOBS=$(JOBS) \
+	  $(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+setup: $(BIN)/build.stamp
+
+demo: setup
+	$(BIN)/kernelpose demo --out demo $(if $(IMAGE),--image "$(IMAGE)")
+
+test: setup lint
+	$(BIN)/python -m pytest
+
+test-full: setup lint
+	$(BIN)/python -m pytest --full
+
+bench: setup
+	$(BIN)/python -m pytest benchmarks --benchmark
+
+# On a machine with an NVIDIA GPU and a Python that has torch and the build tools already.
+gpu:
+	bash benchmarks/gpu.sh
+
+lint: $(BIN)/requirements.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'tests/emulator/*' | grep -E '\.(h|cuh|cpp|cu)$$')
+
+format: $(BIN)/requirements.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*' 'tests/emulator/*' | grep -E '\.(h|cuh|cpp|cu)$$')
+
+clean:
+	rm -rf build dist demo kernelpose/*.so kernelpose.egg-info tests/emulator/.build $(BIN)/build.stamp

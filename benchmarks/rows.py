@@ -1,0 +1,103 @@
+"""One row of a benchmark: parity first, then the times of all contenders, then a verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.timing import Times, gpu_stream, interleaved
+
+Function = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured for one case in one direction.
+
+    times: by contender. ours: names of the contenders that are kernelpose's. chosen: the one that
+    automatic choice takes. bytes, flops: the least that the work takes; None where nobody counted.
+    """
+
+    op: str
+    case: str
+    direction: str
+    dtype: str
+    times: Mapping[str, Times]
+    ours: tuple[str, ...]
+    chosen: str
+    bytes: int | None = None
+    flops: int | None = None
+
+    @property
+    def best_other(self) -> str:
+        return min((n for n in self.times if n not in self.ours), key=lambda n: self.times[n].median)
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster the chosen contender is than the best that is not ours."""
+        return self.times[self.best_other].median / self.times[self.chosen].median
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "op": self.op,
+            "case": self.case,
+            "direction": self.direction,
+            "dtype": self.dtype,
+            "milliseconds": {n: round(t.median * 1e3, 5) for n, t in self.times.items()},
+            "milliseconds_p99": {n: round(t.quantile(0.99) * 1e3, 5) for n, t in self.times.items()},
+            "samples": min(len(t.samples) for t in self.times.values()),
+            "ours": list(self.ours),
+            "chosen": self.chosen,
+            "best_other": self.best_other,
+            "ratio": round(self.ratio, 3),
+            "bytes": self.bytes,
+            "flops": self.flops,
+        }
+
+
+def rotate(make_inputs: Callable[[], list[Tensor]], device: torch.device) -> list[list[Tensor]]:
+    """As many fresh input sets as it takes to outgrow the L2 cache of a GPU; one on a CPU."""
+    sets = [make_inputs()]
+    if device.type == "cuda":
+        size = sum(t.numel() * t.element_size() for t in sets[0])
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        sets += [make_inputs() for _ in range(min(63, 2 * cache // max(size, 1)))]
+    return sets
+
+
+def time_forward(
+    contenders: Mapping[str, Function], inputs: Sequence[Sequence[Tensor]], device: torch.device
+) -> dict[str, Times]:
+    detached = [[t.detach() for t in tensors] for tensors in inputs]
+
+    def calls(function: Function) -> list[Callable[[], object]]:
+        return [lambda tensors=tensors: function(*tensors) for tensors in detached]  # type: ignore[misc]
+
+    with torch.no_grad():
+        return interleaved({n: calls(f) for n, f in contenders.items()}, device)
+
+
+def time_backward(
+    contenders: Mapping[str, Function], inputs: Sequence[Sequence[Tensor]], device: torch.device
+) -> dict[str, Times]:
+    """The backward pass alone: the graph of one forward pass, walked again and again."""
+    stream = gpu_stream() if device.type == "cuda" else None
+
+    def calls(function: Function) -> list[Callable[[], object]]:
+        made = []
+        for tensors in inputs:
+            with torch.cuda.stream(stream):
+                output = function(*tensors)
+                grad = torch.randn_like(output)
+            made.append(
+                lambda output=output, tensors=tensors, grad=grad: torch.autograd.grad(
+                    output, tensors, grad, retain_graph=True
+                )
+            )
+        return made
+
+    return interleaved({n: calls(f) for n, f in contenders.items()}, device)

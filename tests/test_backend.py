@@ -1,0 +1,93 @@
+"""The backend mechanism: order of choice, objections, errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import kernelpose
+from kernelpose import _native
+from kernelpose.backend import BACKENDS, OPS, choose, why_not
+
+QKV = torch.zeros(1, 8, 8, 24)
+WINDOWED: dict[str, Any] = {"num_heads": 2, "window": (4, 4)}
+
+
+def test_every_op_answers_for_every_backend() -> None:
+    assert OPS
+    for spec in OPS.values():
+        inputs, options = spec.example(torch.device("cpu"), torch.float32)
+        answers = {name: why_not(spec.name, name, *inputs, **options) for name in BACKENDS}
+        assert answers["eager"] is None
+        for reason in filter(None, answers.values()):
+            assert reason[0] != reason[0].upper() or reason.split()[0] in ("Triton", "CUDA")
+            assert not reason.endswith(".")
+
+
+def test_automatic_choice_takes_the_first_without_objection() -> None:
+    assert choose("window_attention", None, QKV, **WINDOWED) == "cpu"
+    assert choose("window_attention", None, QKV, num_heads=2) == "torch"
+    assert choose("window_attention", None, QKV.to("meta"), **WINDOWED) == "eager"
+    wide = torch.zeros(1, 8, 8, 3 * 256)
+    assert choose("window_attention", None, wide, num_heads=1, window=(4, 4)) == "eager"
+
+
+def test_order_of_choice() -> None:
+    with kernelpose.backend("eager"):
+        assert choose("window_attention", None, QKV, **WINDOWED) == "eager"
+        assert choose("window_attention", "cpu", QKV, **WINDOWED) == "cpu"
+        with kernelpose.backend("cpu"):
+            assert choose("window_attention", None, QKV, **WINDOWED) == "cpu"
+        assert choose("window_attention", None, QKV, **WINDOWED) == "eager"
+    with pytest.raises(ZeroDivisionError), kernelpose.backend("eager"):
+        1 / 0  # noqa: B018
+    assert choose("window_attention", None, QKV, **WINDOWED) == "cpu"
+
+
+@pytest.mark.parametrize("value", ["eager", "cpu"])
+def test_environment_variable(value: str, run_python: Any) -> None:
+    script = """
+import torch, kernelpose
+from kernelpose.backend import choose
+print(choose("window_attention", None, torch.zeros(1, 8, 8, 24), num_heads=2))
+"""
+    assert run_python(script, KERNELPOSE_BACKEND=value).strip() == value
+
+
+def test_environment_variable_that_names_no_backend(run_python: Any) -> None:
+    script = """
+try:
+    import kernelpose
+except ValueError as error:
+    print(error)
+"""
+    text = run_python(script, KERNELPOSE_BACKEND="fast")
+    assert text.startswith("environment variable KERNELPOSE_BACKEND is 'fast'; expected one of")
+
+
+def test_explicit_choice_raises_with_the_objection() -> None:
+    reason = why_not("window_attention", "triton", QKV, **WINDOWED)
+    assert reason is not None
+    with pytest.raises(kernelpose.BackendError, match="cannot run window_attention") as caught:
+        kernelpose.ops.window_attention(QKV, **WINDOWED, backend="triton")
+    assert reason in str(caught.value)
+    with pytest.raises(ValueError, match="backend is 'metal'; expected one of cuda, triton"):
+        kernelpose.backend("metal")
+
+
+def test_missing_core_is_said_and_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = kernelpose.ops.window_attention(torch.ones(1, 8, 8, 24), **WINDOWED)
+    monkeypatch.setattr(_native, "core", None)
+    reason = why_not("window_attention", "cpu", QKV, **WINDOWED)
+    assert reason == (
+        "the native core could not be imported (python -m kernelpose.info shows why)"
+    )
+    got = kernelpose.ops.window_attention(torch.ones(1, 8, 8, 24), **WINDOWED)
+    torch.testing.assert_close(got, expected)
+
+
+def test_dtype_that_a_backend_does_not_compute() -> None:
+    reason = why_not("window_attention", "cpu", QKV.to(torch.float8_e4m3fn), **WINDOWED)
+    assert reason == "it does not compute float8_e4m3fn"
