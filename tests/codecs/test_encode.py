@@ -58,13 +58,22 @@ def test_udp_target_is_the_gaussian_of_its_definition() -> None:
 @pytest.mark.parametrize("encode", [encode_udp, encode_msra])
 def test_joints_that_cannot_be_drawn(encode) -> None:
     keypoints = torch.tensor(
-        [[[80.0, 100.0], [80.0, 100.0], [-100.0, 50.0], [60.0, 400.0], [math.nan, 3.0]]]
+        [
+            [
+                [80.0, 100.0],
+                [80.0, 100.0],
+                [-100.0, 50.0],
+                [60.0, 400.0],
+                [math.nan, 3.0],
+                [-100.0, 0.0],
+            ]
+        ]
     )
-    visible = torch.tensor([[1.0, 0.3, 2.0, 1.0, 1.0]])
+    visible = torch.tensor([[1.0, 0.3, 2.0, 1.0, 1.0, 0.4]])
     heatmaps, weights = encode(keypoints, visible, **SIZES)
-    assert weights.tolist() == [[1.0, pytest.approx(0.3), 0.0, 0.0, 0.0]]
+    assert weights.tolist() == [[1.0, pytest.approx(0.3), 0.0, 0.0, 0.0, pytest.approx(0.4)]]
     assert heatmaps[0, 0].max() > 0.9
-    assert torch.equal(heatmaps[0, 1:], torch.zeros(4, 64, 48))
+    assert torch.equal(heatmaps[0, 1:], torch.zeros(5, 64, 48))
 
 
 def test_simcc_targets_and_back() -> None:
