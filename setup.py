@@ -86,7 +86,7 @@ class CMakeBuild(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(target.name + ".partial")
         shutil.copy2(built, partial)
-        os.replace(partial, target)
+        partial.replace(target)
 
 
 if flag("KERNELPOSE_NO_NATIVE"):

@@ -59,7 +59,9 @@ class Case:
 
         def run(qkv: Tensor) -> Tensor:
             groups = reference_module._partition(qkv, *geometry[1:])
-            q, k, v = groups.unflatten(-1, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5).flatten(1, 2)
+            q, k, v = (
+                groups.unflatten(-1, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5).flatten(1, 2)
+            )
             repeated = None if mask is None else mask.repeat(qkv.shape[0], 1, 1, 1)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=repeated)
             out = out.transpose(1, 2).flatten(2).unflatten(0, (qkv.shape[0], -1))
@@ -139,7 +141,8 @@ def bench_window_attention(
     ours = [
         name
         for name in BACKENDS
-        if name not in ("eager", "torch") and not why_not("window_attention", name, *args, **options)
+        if name not in ("eager", "torch")
+        and not why_not("window_attention", name, *args, **options)
     ]
     contenders: dict[str, Function] = {name: case.ours(name) for name in ours}
     if chosen not in contenders:

@@ -1,4 +1,4 @@
-"""Where a figure was measured: device, versions, commit, and the roof of the machine in that run."""
+"""Where a figure was measured: device, versions, commit, and the machine's roof in that run."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,10 +25,11 @@ class Report:
         self._roof = {str(d).removeprefix("torch."): roof(device, d) for d in dtypes}
 
     def table(self) -> Iterator[str]:
-        """Medians in milliseconds, the ratio to the best that is not ours, and shares of the roof."""
+        """Medians in ms, the ratio to the best that is not ours, and shares of the roof."""
         yield ""
         machine = self._machine
-        yield f"{machine['device']}, {machine['threads'] or 'GPU'} threads, commit {machine['commit']}"
+        threads = f"{machine['threads']} threads" if machine["threads"] else "GPU"
+        yield f"{machine['device']}, {threads}, commit {machine['commit']}"
         for dtype, limits in self._roof.items():
             gb, gflop = limits["bytes_per_second"] / 1e9, limits["flops_per_second"] / 1e9
             yield f"roof measured in this run, {dtype}: {gb:.1f} GB/s, {gflop:.0f} GFLOP/s"
@@ -71,7 +71,7 @@ class Report:
         }
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(partial, path)
+        partial.replace(path)
         return [path, self._chart(path.with_suffix(".png"))]
 
     def _chart(self, path: Path) -> Path:
@@ -85,8 +85,10 @@ class Report:
         figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.28 * len(rows)), layout="constrained")
         colours = ["#2a9d5c" if row.ratio >= 1 else "#c8553d" for row in rows]
         bars = axes.barh(range(len(rows)), [row.ratio for row in rows], color=colours)
-        labels = [f"{row.ratio:.2f}x  (beats {row.best_other})" for row in rows]
-        labels = [t.replace("beats", "behind") if r.ratio < 1 else t for t, r in zip(labels, rows)]
+        labels = [
+            f"{row.ratio:.2f}x  ({'beats' if row.ratio >= 1 else 'behind'} {row.best_other})"
+            for row in rows
+        ]
         axes.bar_label(bars, labels, padding=3, fontsize=7)
         axes.set_yticks(
             range(len(rows)), [f"{r.op} {r.case} {r.direction}" for r in rows], fontsize=7
@@ -98,5 +100,5 @@ class Report:
         partial = path.with_suffix(".partial.png")
         figure.savefig(partial, dpi=130)
         pyplot.close(figure)
-        os.replace(partial, path)
+        partial.replace(path)
         return path

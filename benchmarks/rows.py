@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,9 @@ class Row:
 
     @property
     def best_other(self) -> str:
-        return min((n for n in self.times if n not in self.ours), key=lambda n: self.times[n].median)
+        return min(
+            (n for n in self.times if n not in self.ours), key=lambda n: self.times[n].median
+        )
 
     @property
     def ratio(self) -> float:
@@ -48,7 +51,9 @@ class Row:
             "direction": self.direction,
             "dtype": self.dtype,
             "milliseconds": {n: round(t.median * 1e3, 5) for n, t in self.times.items()},
-            "milliseconds_p99": {n: round(t.quantile(0.99) * 1e3, 5) for n, t in self.times.items()},
+            "milliseconds_p99": {
+                n: round(t.quantile(0.99) * 1e3, 5) for n, t in self.times.items()
+            },
             "samples": min(len(t.samples) for t in self.times.values()),
             "ours": list(self.ours),
             "chosen": self.chosen,
@@ -75,7 +80,7 @@ def time_forward(
     detached = [[t.detach() for t in tensors] for tensors in inputs]
 
     def calls(function: Function) -> list[Callable[[], object]]:
-        return [lambda tensors=tensors: function(*tensors) for tensors in detached]  # type: ignore[misc]
+        return [functools.partial(function, *tensors) for tensors in detached]
 
     with torch.no_grad():
         return interleaved({n: calls(f) for n, f in contenders.items()}, device)
@@ -88,16 +93,13 @@ def time_backward(
     stream = gpu_stream() if device.type == "cuda" else None
 
     def calls(function: Function) -> list[Callable[[], object]]:
-        made = []
+        made: list[Callable[[], object]] = []
         for tensors in inputs:
             with torch.cuda.stream(stream):
                 output = function(*tensors)
                 grad = torch.randn_like(output)
-            made.append(
-                lambda output=output, tensors=tensors, grad=grad: torch.autograd.grad(
-                    output, tensors, grad, retain_graph=True
-                )
-            )
+            walk = functools.partial(torch.autograd.grad, output, tensors, grad, retain_graph=True)
+            made.append(walk)
         return made
 
     return interleaved({n: calls(f) for n, f in contenders.items()}, device)

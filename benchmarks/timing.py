@@ -37,8 +37,8 @@ def interleaved(
     """Time every contender, one sample of each in a random order, until each had its share.
 
     A contender is a sequence of functions that do the same on different memory; they take turns, so
-    that no call finds its inputs in the last cache. On a GPU one sample is one replay of a CUDA graph
-    of all of them, between two events.
+    that no call finds its inputs in the last cache. On a GPU one sample is one replay of a CUDA
+    graph of all of them, between two events.
     """
     sample_of = _gpu_sampler if device.type == "cuda" else _cpu_sampler
     samplers = {name: sample_of(calls) for name, calls in functions.items()}

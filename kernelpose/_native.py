@@ -6,7 +6,7 @@ import traceback
 from types import ModuleType
 from typing import Any
 
-import torch  # noqa: F401 - first, so that the core finds the OpenMP runtime that torch loads
+import torch
 from torch import Tensor
 
 core: ModuleType | None

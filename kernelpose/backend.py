@@ -35,7 +35,8 @@ class BackendError(RuntimeError):
 class OpSpec:
     """What the backend mechanism knows of an op; each op file registers its own.
 
-    dtypes: for each backend it has, the dtypes that it computes, forward and backward.
+    dtypes: for each backend it has, the dtypes that it computes.
+    directions: "fwd+bwd", or "fwd" for an op without gradient.
     automatic: for a device type, the backends to try in this order before eager.
     objection: (backend, *inputs, **options) -> why this backend cannot run these inputs, or None;
         asked only after device, dtype and installation have passed.
@@ -44,6 +45,7 @@ class OpSpec:
 
     name: str
     dtypes: Mapping[str, tuple[torch.dtype, ...]]
+    directions: Literal["fwd", "fwd+bwd"]
     automatic: Mapping[str, tuple[str, ...]]
     objection: Callable[..., str | None]
     example: Callable[[torch.device, torch.dtype], tuple[tuple[Any, ...], dict[str, Any]]]
@@ -100,7 +102,9 @@ def _unavailable(name: str, tensor: Tensor) -> str | None:
     device = tensor.device.type
     if name in ("torch", "eager"):
         return None
-    if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(
+        tensor
+    ):
         return "torch.func transforms need plain PyTorch"
     if name == "triton":
         if not HAS_TRITON:

@@ -1,4 +1,4 @@
-"""`python -m kernelpose.info [--json]`: what is installed, what was built, and which backend runs what."""
+"""`python -m kernelpose.info [--json]`: what is installed, what was built, what runs what."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import importlib.metadata
 import json
 import platform
-import sys
 from typing import Any
 
 import torch
@@ -109,6 +108,27 @@ def _text(info: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def backend_table() -> str:
+    """The README's table of op × backend × dtype, in Markdown, from the registry."""
+    short = {
+        torch.float64: "f64",
+        torch.float32: "f32",
+        torch.float16: "f16",
+        torch.bfloat16: "bf16",
+    }
+    lines = [
+        "| op | " + " | ".join(f"`{name}`" for name in BACKENDS) + " |",
+        "| --- " * (len(BACKENDS) + 1) + "|",
+    ]
+    for spec in OPS.values():
+        cells = []
+        for name in BACKENDS:
+            dtypes = [short[d] for d in spec.dtypes.get(name, ())]
+            cells.append(" ".join(dtypes) + f" {spec.directions}" if dtypes else "–")
+        lines.append(f"| `{spec.name}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -122,4 +142,4 @@ def run(args: argparse.Namespace) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m kernelpose.info", description=__doc__)
     add_arguments(parser)
-    sys.exit(run(parser.parse_args()))
+    raise SystemExit(run(parser.parse_args()))

@@ -43,7 +43,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def run_python() -> Callable[..., str]:
-    """Runs a script in a process of its own, with environment variables, and gives what it prints."""
+    """Runs a script in a process of its own, with environment variables; gives what it prints."""
 
     def run(script: str, **environment: str) -> str:
         done = subprocess.run(

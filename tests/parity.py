@@ -9,7 +9,11 @@ FLOOR_ULP = 8
 
 
 def assert_parity(
-    got: Tensor, eager: Tensor, exact: Tensor, name: str = "result", dtype: torch.dtype | None = None
+    got: Tensor,
+    eager: Tensor,
+    exact: Tensor,
+    name: str = "result",
+    dtype: torch.dtype | None = None,
 ) -> None:
     """The largest error of `got` is at most twice that of `eager`, plus a floor of FLOOR_ULP.
 

@@ -81,9 +81,7 @@ def test_missing_core_is_said_and_falls_back(monkeypatch: pytest.MonkeyPatch) ->
     expected = kernelpose.ops.window_attention(torch.ones(1, 8, 8, 24), **WINDOWED)
     monkeypatch.setattr(_native, "core", None)
     reason = why_not("window_attention", "cpu", QKV, **WINDOWED)
-    assert reason == (
-        "the native core could not be imported (python -m kernelpose.info shows why)"
-    )
+    assert reason == ("the native core could not be imported (python -m kernelpose.info shows why)")
     got = kernelpose.ops.window_attention(torch.ones(1, 8, 8, 24), **WINDOWED)
     torch.testing.assert_close(got, expected)
 

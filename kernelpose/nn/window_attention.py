@@ -49,7 +49,9 @@ class WindowAttention(nn.Module):
     ) -> None:
         super().__init__()
         if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"num_heads is {num_heads}; expected a divisor of dim, which is {dim}.")
+            raise ValueError(
+                f"num_heads is {num_heads}; expected a divisor of dim, which is {dim}."
+            )
         self.num_heads = num_heads
         self.window = window
         self.shift = shift
@@ -99,5 +101,7 @@ class WindowAttention(nn.Module):
         return ", ".join(parts)
 
 
-def _drop_relative_position_index(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+def _drop_relative_position_index(
+    module: nn.Module, state: dict[str, Any], prefix: str, *_: Any
+) -> None:
     state.pop(prefix + "relative_position_index", None)

@@ -72,8 +72,8 @@ def autocast(tensor: Tensor) -> Tensor:
 def is_plain(*tensors: Tensor | None) -> bool:
     """Whether a call may go straight to its backend, around the dispatcher.
 
-    True where nobody watches: no gradient is wanted, nothing traces, and every tensor is an ordinary
-    one. At batch 1 the 10 to 20 microseconds of the dispatcher count.
+    True where nobody watches: no gradient is wanted, nothing traces, and every tensor is an
+    ordinary one. At batch 1 the 10 to 20 microseconds of the dispatcher count.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False

@@ -111,7 +111,9 @@ def _check(
         raise ValueError(f"partition is {partition!r}; expected 'window' or 'grid'.")
     if window is None:
         if partition == "grid":
-            raise ValueError("window is None; expected the patch size (h, w) for the grid partition.")
+            raise ValueError(
+                "window is None; expected the patch size (h, w) for the grid partition."
+            )
         window = (height, width)
     elif len(window) != 2 or min(window) < 1:
         raise ValueError(f"window is {window}; expected (height, width) of at least 1.")
@@ -124,11 +126,13 @@ def _check(
         expected = ((2 * h - 1) * (2 * w - 1), num_heads)
         if tuple(bias_table.shape) != expected:
             raise ValueError(
-                f"bias_table has shape {tuple(bias_table.shape)}; expected {expected} for groups of "
-                f"{h} x {w} tokens and {num_heads} heads."
+                f"bias_table has shape {tuple(bias_table.shape)}; expected {expected} for groups "
+                f"of {h} x {w} tokens and {num_heads} heads."
             )
         if bias_table.device != qkv.device:
-            raise ValueError(f"bias_table is on {bias_table.device}; expected {qkv.device}, as qkv.")
+            raise ValueError(
+                f"bias_table is on {bias_table.device}; expected {qkv.device}, as qkv."
+            )
     return window, (channels3 // (3 * num_heads)) ** -0.5 if scale is None else scale
 
 
@@ -160,7 +164,7 @@ def _run_forward(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse): lse (B, heads, H, W), the log-sum-exp of each query's scores, for the backward."""
+    """(out, lse): lse (B, heads, H, W) is the log-sum-exp of each query's scores."""
     qkv = qkv.contiguous()
     bias_table = None if bias_table is None else bias_table.contiguous()
     if backend == "triton" and qkv.numel():
@@ -317,8 +321,9 @@ register_backends(
             "torch": (torch.float32, *_HALVES, torch.float64),
             "eager": (torch.float32, *_HALVES, torch.float64),
         },
-        # Full attention goes to SDPA: on the CPU it is level with ours (benchmarks/results), on a GPU
-        # nothing was measured yet. All else SDPA objects to.
+        directions="fwd+bwd",
+        # Full attention goes to SDPA: on the CPU it is level with ours (benchmarks/results), on a
+        # GPU nothing was measured yet. All else SDPA objects to.
         automatic={"cpu": ("torch", "cpu"), "cuda": ("torch", "cuda", "triton")},
         objection=_objection,
         example=_example,

@@ -25,7 +25,7 @@ def window_attention(
     together again, as Swin's published code does it (arXiv 2103.14030), except that padding is
     never seen as a key.
     """
-    batch, height, width, channels3 = qkv.shape
+    height, width, channels3 = qkv.shape[1:]
     size = (height, width)
     window = window or size
     if partition == "grid":  # a patch larger than the map is the map
@@ -46,7 +46,9 @@ def window_attention(
         scores = scores.masked_fill(~visible[:, None], torch.finfo(scores.dtype).min)
     if pooled:
         real = (ids >= 0).to(qkv.dtype)[:, None, :, None]
-        k_mean, v_mean = ((x * real).sum(-2) / real.sum(-2) for x in (k, v))  # (B, groups, heads, d)
+        k_mean, v_mean = (
+            (x * real).sum(-2) / real.sum(-2) for x in (k, v)
+        )  # (B, groups, heads, d)
         k_mean, v_mean = (x.transpose(1, 2)[:, None] for x in (k_mean, v_mean))
         scores = torch.cat([scores, scale * (q @ k_mean.transpose(-2, -1))], dim=-1)
         v = torch.cat([v, v_mean.expand(-1, groups.shape[1], -1, -1, -1)], dim=-2)
@@ -55,7 +57,9 @@ def window_attention(
     return _merge(out, size, window, shift, partition)
 
 
-def _partition(x: Tensor, window: tuple[int, int], shift: tuple[int, int], partition: str) -> Tensor:
+def _partition(
+    x: Tensor, window: tuple[int, int], shift: tuple[int, int], partition: str
+) -> Tensor:
     """(B, H, W, C) -> (B, groups, tokens, C), padded at the bottom and right, then rolled."""
     x = F.pad(x, (0, 0, 0, -x.shape[2] % window[1], 0, -x.shape[1] % window[0]))
     if any(shift):
@@ -69,7 +73,11 @@ def _partition(x: Tensor, window: tuple[int, int], shift: tuple[int, int], parti
 
 
 def _merge(
-    x: Tensor, size: tuple[int, int], window: tuple[int, int], shift: tuple[int, int], partition: str
+    x: Tensor,
+    size: tuple[int, int],
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    partition: str,
 ) -> Tensor:
     """Undo `_partition`."""
     rows, columns = (math.ceil(s / w) for s, w in zip(size, window, strict=True))

@@ -95,7 +95,7 @@ def check_compile(function: Callable[..., Any], *args: Any, compiler: str = "aot
 
 
 def check_side_stream(case: Case, backend: str) -> None:
-    """On a stream of the user's the op waits for what is queued there: it reads the stream per call."""
+    """On a side stream the op waits for what is queued there: the stream is read on every call."""
     device = device_for(backend)
     if device != "cuda":
         pytest.skip(f"{backend}: streams are a GPU's")

@@ -1,4 +1,4 @@
-"""window_attention: every backend against the float64 reference, and the reference against the maths."""
+"""window_attention: every backend against the reference, and the reference against the maths."""
 
 from __future__ import annotations
 
@@ -135,7 +135,9 @@ def test_reference_pools_the_rolled_windows() -> None:
     """Every window's own keys, and the mean key and value of each window of the rolled map."""
     torch.manual_seed(0)
     qkv = torch.randn(1, 8, 8, 3 * 4, dtype=torch.float64)
-    got = window_attention(qkv, num_heads=1, window=(4, 4), shift=(2, 2), pooled=True, backend="eager")
+    got = window_attention(
+        qkv, num_heads=1, window=(4, 4), shift=(2, 2), pooled=True, backend="eager"
+    )
     rolled = qkv.roll((-2, -2), (1, 2))
     means = [rolled[0, y : y + 4, x : x + 4].mean((0, 1)) for y in (0, 4) for x in (0, 4)]
     for y, x in ((0, 0), (3, 3), (7, 1)):
@@ -242,7 +244,9 @@ def test_export() -> None:
 def test_autocast() -> None:
     block, x = _Block(), torch.randn(2, 9, 7, 32)
     seen: list[torch.dtype] = []
-    hook = block.attention.proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    hook = block.attention.proj.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].dtype)
+    )
     with torch.autocast("cpu", torch.bfloat16):
         block(x).sum().backward()
     hook.remove()
@@ -321,7 +325,8 @@ def test_large_scores_and_nan() -> None:
         assert window_attention(qkv, num_heads=2, window=(2, 2), backend=backend).isfinite().all()
     qkv[0, 0, 0, 0] = torch.nan
     got, expected = (
-        window_attention(qkv, num_heads=2, window=(2, 2), backend=b).isnan() for b in ("cpu", "eager")
+        window_attention(qkv, num_heads=2, window=(2, 2), backend=b).isnan()
+        for b in ("cpu", "eager")
     )
     assert torch.equal(got, expected) and got.any() and not got.all()
 
@@ -338,7 +343,11 @@ def test_large_scores_and_nan() -> None:
         ({"window": (2, 2), "shift": (1, 1), "partition": "grid"}, ValueError, "shift is"),
         ({"bias_table": torch.zeros(4, 2)}, ValueError, r"bias_table has shape \(4, 2\)"),
         ({"backend": "metal"}, ValueError, "backend is 'metal'"),
-        ({"backend": "cuda"}, kernelpose.BackendError, "'cuda' cannot run window_attention: it runs"),
+        (
+            {"backend": "cuda"},
+            kernelpose.BackendError,
+            "'cuda' cannot run window_attention: it runs",
+        ),
         (
             {"backend": "torch", "window": (4, 4)},
             kernelpose.BackendError,
@@ -368,7 +377,7 @@ def test_integer_map() -> None:
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set(isa: str, run_python: Any) -> None:
     """The same parity in a process of its own for each build of the CPU kernels."""
-    script = f"""
+    script = """
 import torch
 from kernelpose import _native
 from tests.ops import checks
