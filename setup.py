@@ -32,6 +32,11 @@ def say(message: str) -> None:
     print(f"\n*** kernelpose: {message} ***\n", file=sys.stderr, flush=True)
 
 
+def run(*command: str | Path) -> None:
+    if subprocess.run(command).returncode != 0:
+        raise SystemExit("kernelpose: the native core did not build; the compiler says why above.")
+
+
 def find_nvcc() -> str | None:
     for root in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
         if root and (Path(root) / "bin" / "nvcc").is_file():
@@ -79,9 +84,9 @@ class CMakeBuild(build_ext):
                 options[-1] = f"-DKERNELPOSE_CUDA_ARCHS={archs}"
         else:
             say("no nvcc found: building the CPU kernels only (GPUs get Triton)")
-        subprocess.run([cmake, "-S", ROOT, "-B", tree, "-G", "Ninja", *options], check=True)
+        run(cmake, "-S", ROOT, "-B", tree, "-G", "Ninja", *options)
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        subprocess.run([cmake, "--build", tree, "--target", "_C", "--parallel", jobs], check=True)
+        run(cmake, "--build", tree, "--target", "_C", "--parallel", jobs)
         built = next(tree.glob(f"_C*{sysconfig.get_config_var('EXT_SUFFIX')}"))
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(target.name + ".partial")
