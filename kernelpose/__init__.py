@@ -12,11 +12,13 @@ from kernelpose.errors import UserError
 if TYPE_CHECKING:
     from kernelpose.checkpoints import load_checkpoint
     from kernelpose.models import create_model, list_models
+    from kernelpose.pipeline import Predictor
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "Predictor",
     "UserError",
     "backend",
     "create_model",
@@ -29,6 +31,7 @@ __all__ = [
 
 # Imported on first use, so that `import kernelpose` stays quick.
 _LAZY = {
+    "Predictor": "kernelpose.pipeline",
     "create_model": "kernelpose.models",
     "list_models": "kernelpose.models",
     "load_checkpoint": "kernelpose.checkpoints",
