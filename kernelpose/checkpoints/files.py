@@ -61,7 +61,7 @@ def read_state_dict(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> S
         with torch.serialization.safe_globals(_numpy_globals()):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except _DAMAGE as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))
+        code = re.search(r"GLOBAL (\w\S*)", str(error))
         if code:
             raise UserError(
                 f"{path} needs code to unpickle ({code[1]}), which is refused: "

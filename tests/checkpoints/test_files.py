@@ -41,6 +41,8 @@ def bad_files(folder: Path, good: StateDict) -> dict[str, tuple[Path, str]]:
     (folder / "text").write_text("not a checkpoint, but a letter")
     (folder / "empty").touch()
     (folder / "header").write_bytes(broken_header)
+    # The number 5 where the pickle names the kind of a storage.
+    (folder / "storage").write_bytes(old.replace(b"ctorch\nFloatStorage\n", b"K\x05", 1))
     (folder / "rubbish").write_bytes(b"\x80\x02" + bytes(range(256)))
     saved(folder / "code", {"state_dict": good, "hook": Code()})
     saved(folder / "list", [1, 2, 3])
@@ -55,6 +57,7 @@ def bad_files(folder: Path, good: StateDict) -> dict[str, tuple[Path, str]]:
         "empty": (folder / "empty", "is not a checkpoint"),
         "text": (folder / "text", "is not a checkpoint"),
         "rubbish": (folder / "rubbish", damage),
+        "storage": (folder / "storage", damage),
         "half a zip": (truncated(folder / "a", whole, 0.5), damage),
         "most of a zip": (truncated(folder / "b", whole, 0.99), damage),
         "half a pickle": (truncated(folder / "c", old, 0.5), damage),
@@ -95,11 +98,24 @@ def test_random_damage_never_gets_past_the_sentence(tmp_path: Path) -> None:
     assert refused > 300
 
 
-NAMES = (
-    "absent folder empty text rubbish code list numbers stranger shape,half a zip,most of a zip,"
-    "half a pickle,most of a pickle,half a safetensors,broken header"
-)
-BAD = [*NAMES.split(",")[0].split(), *NAMES.split(",")[1:]]
+# A name of a class that ends early reads like a class that is not allowed.
+SENTENCE = r"is truncated or damaged|is not a checkpoint|needs code to unpickle"
+
+
+def test_every_beginning_of_an_old_file_is_refused(tmp_path: Path) -> None:
+    content = saved(tmp_path / "whole", {"a.weight": torch.randn(3, 4)}, zipped=False)
+    for length in range(len(content)):
+        (tmp_path / "part").write_bytes(content[:length])
+        with pytest.raises(UserError, match=SENTENCE):
+            read_state_dict(tmp_path / "part")
+
+
+BAD = [
+    *("absent", "folder", "empty", "text", "rubbish", "storage", "code", "list"),
+    *("numbers", "stranger", "shape"),
+    *("half a zip", "most of a zip", "half a pickle", "most of a pickle"),
+    *("half a safetensors", "broken header"),
+]
 
 
 @pytest.mark.parametrize("name", BAD)
