@@ -10,16 +10,15 @@
 // Floor, per launch: q, k, v read and out written once, 4 * batch * tokens * C * sizeof(T) bytes;
 // 4 * D FLOP for each pair of tokens that meet. Shared memory: (kRows + stages * 2 * kRows) *
 // (D + 16 bytes) plus 4 * kRows bytes a stage and the bias table; 64.5 KB for D = 64, 192 keys.
-// budget: forward_kernel<half,32> registers<=128
-// budget: forward_kernel<half,64> registers<=128
-// budget: forward_kernel<half,80> registers<=168
-// budget: forward_kernel<half,128> registers<=200
-// budget: forward_kernel<float,32> registers<=128
-// budget: forward_kernel<float,64> registers<=168
-// budget: forward_kernel<float,80> registers<=168
-// budget: forward_kernel<float,128> registers<=200
+// budget: forward_kernel<16-bit, 32> registers<=128
+// budget: forward_kernel<16-bit, 64> registers<=144
+// budget: forward_kernel<16-bit, 80> registers<=168
+// budget: forward_kernel<16-bit, 128> registers<=216
+// budget: forward_kernel<float, 32> registers<=128
+// budget: forward_kernel<float, 64> registers<=168
+// budget: forward_kernel<float, 80> registers<=168
+// budget: forward_kernel<float, 128> registers<=192
 #include "window_attention.h"
-
 #include "window_attention_dispatch.cuh"
 #include "window_attention_pool.cuh"
 
@@ -28,15 +27,14 @@ namespace {
 
 template <class T>
 struct ForwardArguments {
-  WindowAttentionShape shape;
-  float scale;
+  Problem problem;
   Grid grid;
-  Matrix<const T> query, key, value, pooled_key, pooled_value;
+  Matrix<const T> query;
+  Keys<T> keys;
   Matrix<T> out;
   const float* bias;
   int bias_entries;  // in shared memory
   float* lse;
-  bool aligned;
 };
 
 template <class T, int D>
@@ -44,13 +42,16 @@ struct ForwardShared {
   static constexpr int kTile = Tile<T>::kRows * kRowStride<T, D>;
   static constexpr int kStage = 2 * kTile * sizeof(T) + Tile<T>::kRows * sizeof(int);
 
-  static int64_t fixed(int bias_entries) {
-    return kTile * sizeof(T) + int64_t{2} * bias_entries * sizeof(float);
+  static constexpr int fixed(int bias_entries) {
+    return kTile * sizeof(T) + 2 * bias_entries * sizeof(float);
   }
+  static_assert(fixed(kSharedBias) + kStage <= kSharedLimit);
 };
 
 template <class T, int D>
-__global__ void __launch_bounds__(Tile<T>::kThreads)
+__global__ void __launch_bounds__(Tile<T>::kThreads, resident_blocks<T>(D <= 32   ? 4
+                                                                        : D <= 80 ? 3
+                                                                                  : 2))
     forward_kernel(const ForwardArguments<T> args) {
   constexpr int kTile = ForwardShared<T, D>::kTile, kStride = kRowStride<T, D>;
   constexpr int kRows = Tile<T>::kRows, kChunk = Tile<T>::kChunk;
@@ -60,59 +61,37 @@ __global__ void __launch_bounds__(Tile<T>::kThreads)
   int* const places = reinterpret_cast<int*>(ring + args.grid.stages * 2 * kTile);
   float* const bias_rows = reinterpret_cast<float*>(places + args.grid.stages * kRows);
 
-  const WindowAttentionShape& shape = args.shape;
-  Block<T> block(shape, args.grid);
-  const int cell_columns = shape.columns.cells();
-  const Tokens tokens(shape.rows.cell(block.cell / cell_columns),
-                      shape.columns.cell(block.cell % cell_columns), shape.columns.size);
-  const int count = tokens.count(), keys = count + shape.pools();
-  block.cut(count);
-  if (block.first_tile >= block.end_tile) return;
+  const Problem& problem = args.problem;
+  Work<T> work(args.grid);
+  const Tokens tokens = tokens_of(problem, work.cell);
+  const int count = tokens.count(), keys = count + problem.pools;
+  work.cut(problem, args.grid, count);
+  if (work.first_tile >= work.end_tile) return;
+  const int lane = work.lane, slot_rows = work.slot_rows, tile_row = work.tile_row;
+  const int width = problem.shape.head_dim;
+  const Bias bias = load_bias(args.bias, args.bias_entries, bias_rows, problem, work);
+  T* const own_rows = query_rows + tile_row * kStride;
 
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const int slot = warp * 16 / block.slot_rows;
-  const int warp_row = warp * 16 % block.slot_rows;  // in the slot
-  const Unit unit = block.unit(slot);
-  const int width = shape.head_dim, bias_columns = shape.bias_columns();
-  const int centre = (shape.rows.extent() - 1) * bias_columns + shape.columns.extent() - 1;
-  const Bias bias = load_bias(args.bias, args.bias_entries, bias_rows, block, slot);
-  T* const own_rows = query_rows + warp * 16 * kStride;
-
-  const auto load_keys = [&](int tile, int stage) {
-    T* const target = ring + stage * 2 * kTile;
-    const int first = tile * block.slot_rows;
-    const auto source = [&](int row, const T*& key, const T*& value) {
-      const int in_slot = row >= block.slot_rows;
-      const int i = first + row - in_slot * block.slot_rows;
-      const Unit of = block.unit(in_slot);
-      key = args.key.data;
-      value = args.value.data;
-      if (i >= keys || !of.exists) return false;
-      const bool own = i < count;
-      const int64_t at = own ? tokens.at(i) : i - count;
-      key = row_of(own ? args.key : args.pooled_key, of, at, width);
-      value = row_of(own ? args.value : args.pooled_value, of, at, width);
-      return true;
-    };
-    copy_rows<T, D>(target, target + kTile, kRows, threadIdx.x, Tile<T>::kThreads, width,
-                    args.aligned, source);
-    if (bias.table != nullptr && threadIdx.x < kRows) {
-      const int i = first + threadIdx.x % block.slot_rows;
-      places[stage * kRows + threadIdx.x] = i < count ? tokens.bias_place(i, bias_columns) : 0;
+  const auto load = [&](int tile, int stage) {
+    T* const target = ring + stage * 2 * kTile + tile_row * kStride;
+    const int i = tile * slot_rows + work.warp_row + (lane & 15);
+    copy_rows<T, D, true>(target, target + kTile,
+                          key_row(problem, args.keys, work.unit, tokens, count, i), lane, width,
+                          problem.aligned);
+    if (bias.table != nullptr && lane < 16) {
+      places[stage * kRows + tile_row + lane] =
+          i < count ? tokens.bias_place(i, problem.bias_columns) : 0;
     }
   };
 
-  for (int q_tile = block.first_tile; q_tile < block.end_tile; ++q_tile) {
-    const int first_row = q_tile * block.slot_rows + warp_row;
-    const bool active = unit.exists && first_row < count;
-    const bool later = q_tile > block.first_tile;  // keys and values are there already
-    const auto source = [&](int row, const T*& query, const T*& none) {
-      query = none = args.query.data;
-      if (!unit.exists || first_row + row >= count) return false;
-      query = row_of(args.query, unit, tokens.at(first_row + row), width);
-      return true;
-    };
-    copy_rows<T, D>(own_rows, static_cast<T*>(nullptr), 16, lane, 32, width, args.aligned, source);
+  for (int row_tile = work.first_tile; row_tile < work.end_tile; ++row_tile) {
+    const int first_row = row_tile * slot_rows + work.warp_row;
+    const bool active = work.unit.exists && first_row < count;
+    const bool later = row_tile > work.first_tile;  // keys and values are there already
+    copy_rows<T, D, false>(own_rows, nullptr,
+                           token_row(problem, args.query, args.query, work.unit, tokens, count,
+                                     first_row + (lane & 15)),
+                           lane, width, problem.aligned);
     cp_async_commit();
     if (later) {
       cp_async_wait<0>();
@@ -120,29 +99,23 @@ __global__ void __launch_bounds__(Tile<T>::kThreads)
     }
 
     RowOperand<T, D, true> query;
-    int row_place[2] = {};
-    if (bias.table != nullptr) {
-      for (int half = 0; half < 2; ++half) {
-        const int row = first_row + (lane >> 2) + 8 * half;
-        row_place[half] = tokens.bias_place(row < count ? row : count - 1, bias_columns);
-      }
-    }
+    int row_place[2];
+    row_places(row_place, bias, tokens, first_row + (lane >> 2), count, problem.bias_columns);
     float o[D / 8][4] = {};
     float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0.f, 0.f};  // sum: of this lane's columns
 
-    for_each_tile((keys + block.slot_rows - 1) / block.slot_rows, args.grid.stages, later,
-                  load_keys, [&](int tile, int stage) {
+    const auto compute = [&](int tile, int stage) {
       if (!active) return;
       if (tile == 0) query.load(own_rows, lane);
-      const int first = tile * block.slot_rows;
-      for (int c = 0; c < block.slot_rows && first + c < keys; c += kChunk) {
-        const int column = slot * block.slot_rows + c;
-        const T* const key_rows = ring + stage * 2 * kTile + column * kStride;
+      const int left = keys - tile * slot_rows, end = min(left, slot_rows);
+      const int slot_row = tile_row - work.warp_row;
+      for (int c = 0; c < end; c += kChunk) {
+        const T* const key_rows = ring + stage * 2 * kTile + (slot_row + c) * kStride;
         float s[kChunk / 8][4];
         multiply_transposed<kChunk>(s, query, key_rows, lane);
-        to_scores<false, kChunk>(s, args.scale, bias, centre, row_place,
-                                 places + stage * kRows + column, count - first - c,
-                                 keys - first - c, lane);
+        to_scores<false, kChunk>(s, problem.scale, bias, problem.bias_centre, row_place,
+                                 places + stage * kRows + slot_row + c, left - problem.pools - c,
+                                 left - c, lane);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float top = maximum[half];
@@ -170,62 +143,49 @@ __global__ void __launch_bounds__(Tile<T>::kThreads)
         }
         add_product<D, kChunk>(o, s, key_rows + kTile, lane);
       }
-    });
+    };
+    for_each_tile((keys + slot_rows - 1) / slot_rows, args.grid.stages, later, load, compute);
     if (!active) continue;
 
     float factor[2];
+#pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float total = row_sum(sum[half]);
       factor[half] = 1.f / total;
       const int row = first_row + (lane >> 2) + 8 * half;
       if ((lane & 3) == 0 && row < count) {
-        args.lse[(unit.image * shape.heads + unit.head) * shape.tokens() + tokens.at(row)] =
+        args.lse[statistic_of(problem, work.unit, tokens.at(row))] =
             kLn2 * maximum[half] + logf(total);
       }
     }
-    store_rows<T, D>(o, factor, own_rows, lane, width, args.aligned, [&](int row, T*& to) {
-      if (first_row + row >= count) return false;
-      to = row_of(args.out, unit, tokens.at(first_row + row), width);
-      return true;
-    });
+    T* const to = target_row(problem, args.out, work.unit, tokens, count, first_row + (lane & 15));
+    store_rows<T, D>(o, factor, own_rows, to, lane, width, problem.aligned);
   }
 }
 
 template <class T, int D>
-cudaError_t launch_forward(const void* qkv, const float* bias, void* out, float* lse,
-                           void* workspace, const WindowAttentionShape& shape,
-                           cudaStream_t stream) {
+cudaError_t launch_forward(const T* qkv, const float* bias, T* out, float* lse, T* means,
+                           const WindowAttentionShape& shape, cudaStream_t stream) {
   using Shared = ForwardShared<T, D>;
-  ForwardArguments<T> args = {};
-  args.shape = shape;
-  args.scale = static_cast<float>(shape.scale);
-  args.aligned = rows_aligned<T>(shape, {qkv, out, workspace});
-  const PackedQkv<const T> packed(static_cast<const T*>(qkv), shape);
-  args.query = packed.query;
-  args.key = packed.key;
-  args.value = packed.value;
-  args.out = token_matrix(static_cast<T*>(out), shape);
-  T* const means = static_cast<T*>(workspace);
-  args.pooled_key = pooled_matrix<const T>(means, 0, shape);
-  args.pooled_value = pooled_matrix<const T>(means, 1, shape);
-  args.bias = bias;
-  args.bias_entries = shared_bias(shape, bias);
-  args.lse = lse;
-
-  const int rows = largest_cell(shape);
-  const int slot_rows = rows <= Tile<T>::kRows / 2 ? Tile<T>::kRows / 2 : Tile<T>::kRows;
-  const int tiles = ceil_div(rows + shape.pools(), slot_rows);
-  const int64_t fixed = Shared::fixed(args.bias_entries);
-  const int stages = ring_stages(tiles, Shared::kStage, fixed);
-  args.grid = make_grid<T>(shape, shape.cells(), rows, tiles <= stages, stages);
-  if (args.grid.blocks > kMaxBlocks) return cudaErrorInvalidValue;
+  const bool aligned = rows_aligned<T>(shape, {qkv, out, means});
   if (shape.pooled) {
-    const cudaError_t error = launch_pool_means(static_cast<const T*>(qkv), means, shape,
-                                                args.aligned, stream);
+    const cudaError_t error = launch_pool_means(qkv, means, shape, aligned, stream);
     if (error != cudaSuccess) return error;
   }
-  return launch(forward_kernel<T, D>, grid_dim(args.grid.blocks), dim3(Tile<T>::kThreads),
-                fixed + stages * Shared::kStage, stream, args);
+  const int bias_entries = shared_bias(shape, bias), rows = largest_cell(shape);
+  const int fixed = Shared::fixed(bias_entries);
+  const Grid grid =
+      make_grid<T>(shape, shape.cells(), rows, rows + shape.pools(), Shared::kStage, fixed);
+  const ForwardArguments<T> args = {make_problem(shape, aligned),
+                                    grid,
+                                    packed_matrix(qkv, 0, shape),
+                                    packed_keys(qkv, means, shape),
+                                    token_matrix(out, shape),
+                                    bias,
+                                    bias_entries,
+                                    lse};
+  return launch_blocks(forward_kernel<T, D>, grid.blocks, Tile<T>::kThreads,
+                       fixed + grid.stages * Shared::kStage, stream, args);
 }
 
 }  // namespace
@@ -239,8 +199,10 @@ cudaError_t window_attention_forward(const void* qkv, const float* bias, void* o
                                      DType dtype, cudaStream_t stream) {
   if (shape.batch == 0) return cudaSuccess;
   return dispatch(dtype, shape.head_dim, [&](auto type, auto width) {
-    return launch_forward<decltype(type), decltype(width)::value>(qkv, bias, out, lse, workspace,
-                                                                  shape, stream);
+    using T = decltype(type);
+    return launch_forward<T, decltype(width)::value>(static_cast<const T*>(qkv), bias,
+                                                     static_cast<T*>(out), lse,
+                                                     static_cast<T*>(workspace), shape, stream);
   });
 }
 

@@ -23,10 +23,14 @@ cudaError_t dispatch_width(int head_dim, const Run& run) {
 template <class Run>
 cudaError_t dispatch(DType dtype, int head_dim, const Run& run) {
   switch (dtype) {
-    case DType::kFloat32: return dispatch_width<float>(head_dim, run);
-    case DType::kFloat16: return dispatch_width<__half>(head_dim, run);
-    case DType::kBFloat16: return dispatch_width<__nv_bfloat16>(head_dim, run);
-    default: return cudaErrorInvalidValue;
+    case DType::kFloat32:
+      return dispatch_width<float>(head_dim, run);
+    case DType::kFloat16:
+      return dispatch_width<__half>(head_dim, run);
+    case DType::kBFloat16:
+      return dispatch_width<__nv_bfloat16>(head_dim, run);
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 
@@ -46,24 +50,22 @@ Matrix<T> token_matrix(T* data, const WindowAttentionShape& shape) {
   return {data, shape.tokens() * shape.channels(), shape.channels()};
 }
 
-template <class T>  // (image, pool, key or value, head, c)
-Matrix<T> pooled_matrix(T* data, int which, const WindowAttentionShape& shape) {
+template <class T>  // part 0, 1 (key, value) of (image, pool, part, head, c)
+Matrix<T> pooled_matrix(T* data, int part, const WindowAttentionShape& shape) {
   const int64_t channels = shape.channels();
-  return {data + which * channels, shape.pools() * 2 * channels, 2 * channels};
+  return {data + part * channels, shape.pools() * 2 * channels, 2 * channels};
 }
 
-template <class T>  // (image, token, q or k or v, head, c)
-struct PackedQkv {
-  Matrix<T> query, key, value;
+template <class T>  // part 0, 1, 2 (q, k, v) of (image, token, part, head, c)
+Matrix<T> packed_matrix(T* data, int part, const WindowAttentionShape& shape) {
+  const int64_t channels = shape.channels();
+  return {data + part * channels, shape.tokens() * 3 * channels, 3 * channels};
+}
 
-  PackedQkv(T* data, const WindowAttentionShape& shape)
-      : query(part(data, 0, shape)), key(part(data, 1, shape)), value(part(data, 2, shape)) {}
-
- private:
-  static Matrix<T> part(T* data, int which, const WindowAttentionShape& shape) {
-    const int64_t channels = shape.channels();
-    return {data + which * channels, shape.tokens() * 3 * channels, 3 * channels};
-  }
-};
+template <class T>
+Keys<T> packed_keys(const T* qkv, const T* means, const WindowAttentionShape& shape) {
+  return {packed_matrix(qkv, 1, shape), packed_matrix(qkv, 2, shape),
+          pooled_matrix(means, 0, shape), pooled_matrix(means, 1, shape)};
+}
 
 }  // namespace kernelpose::cuda

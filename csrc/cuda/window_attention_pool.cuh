@@ -10,7 +10,8 @@ namespace kernelpose::cuda {
 struct PoolTokens {
   Cell cell, rolled;
 
-  __device__ __forceinline__ PoolTokens(const Axis& axis, int pool) : cell{0, 1, 0}, rolled{0, 1, 0} {
+  __device__ __forceinline__ PoolTokens(const Axis& axis, int pool)
+      : cell{0, 1, 0}, rolled{0, 1, 0} {
     const bool shifted = !axis.grid && axis.shift != 0;
     const int index = shifted ? pool + 1 : pool;
     if (index < axis.cells()) cell = axis.cell(index);
@@ -30,9 +31,16 @@ __device__ __forceinline__ int pool_tokens(const WindowAttentionShape& shape, in
          PoolTokens(shape.columns, pool % shape.columns.pools()).count();
 }
 
+// The pool that the tokens of a cell enter.
+__device__ __forceinline__ int pool_of(const Problem& problem, int cell) {
+  const Axis &rows = problem.shape.rows, &columns = problem.shape.columns;
+  const int y = cell / problem.cell_columns, x = cell - y * problem.cell_columns;
+  return rows.pool(y) * columns.pools() + columns.pool(x);
+}
+
 // A thread averages kVector neighbouring channels of one pool; neighbours in a warp read
 // neighbouring channels. Bytes: k and v read once, means (image, pool, 2C) written.
-// budget: pool_means registers<=64
+// budget: pool_means<*> registers<=48
 template <class T, int kVector>
 __global__ void __launch_bounds__(256)
     pool_means(const T* __restrict__ qkv, T* __restrict__ means, WindowAttentionShape shape) {
@@ -71,22 +79,21 @@ __global__ void __launch_bounds__(256)
   for (int e = 0; e < kVector; ++e) target[e] = from_float<T>(sum[e] * weight);
 }
 
+inline int64_t pool_means_elements(const WindowAttentionShape& shape) {
+  return shape.batch * shape.pools() * 2 * shape.channels();
+}
+
 template <class T>
 cudaError_t launch_pool_means(const T* qkv, T* means, const WindowAttentionShape& shape,
                               bool aligned, cudaStream_t stream) {
   constexpr int kVector = 16 / sizeof(T);
-  const int64_t threads = shape.batch * shape.pools() * 2 * shape.channels();
-  if (threads > 256 * kMaxBlocks) return cudaErrorInvalidValue;
+  const int64_t threads = pool_means_elements(shape);
   if (!aligned) {
-    return launch(pool_means<T, 1>, grid_dim(ceil_div(threads, 256)), dim3(256), 0, stream, qkv,
-                  means, shape);
+    return launch_blocks(pool_means<T, 1>, ceil_div(threads, 256), 256, 0, stream, qkv, means,
+                         shape);
   }
-  return launch(pool_means<T, kVector>, grid_dim(ceil_div(threads / kVector, 256)), dim3(256), 0,
-                stream, qkv, means, shape);
-}
-
-inline int64_t pool_means_elements(const WindowAttentionShape& shape) {
-  return shape.batch * shape.pools() * 2 * shape.channels();
+  return launch_blocks(pool_means<T, kVector>, ceil_div(threads / kVector, 256), 256, 0, stream,
+                       qkv, means, shape);
 }
 
 }  // namespace kernelpose::cuda

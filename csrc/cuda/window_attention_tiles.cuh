@@ -1,9 +1,10 @@
 // What the kernels of window_attention share: which block works on what, where its rows lie in
 // global memory, and the scores of a chunk.
 //
-// A unit is one (image, head, cell). The rows of a unit are cut into tiles of Tile<T>::kRows; a unit
-// of at most half a tile shares its block with the next (image, head) of the same cell: each has a
-// slot of half the rows. Columns pass through shared memory in tiles of the same size and slots.
+// A unit is one (image, head, cell). The rows of a unit are cut into tiles of Tile<T>::kRows; a
+// unit of at most half a tile shares its block with the next (image, head) of the same cell: each
+// has a slot of half the rows. Columns pass through shared memory in tiles of the same size and
+// slots. Each warp works on, and copies, rows 16 w .. 16 w + 15 of every tile: rows of one slot.
 #pragma once
 
 #include <cmath>
@@ -28,13 +29,6 @@ struct Unit {
   bool exists;
 };
 
-template <class T>
-__device__ __forceinline__ T* row_of(const Matrix<T>& matrix, const Unit& unit, int64_t token,
-                                     int head_dim) {
-  return matrix.data + unit.image * matrix.image_stride + token * matrix.token_stride +
-         static_cast<int64_t>(unit.head) * head_dim;
-}
-
 // The tokens of a cell, row by row, as positions in the map.
 struct Tokens {
   Cell rows, columns;
@@ -54,10 +48,9 @@ struct Tokens {
     return reciprocal == 0 ? i : static_cast<int>((uint64_t{reciprocal} * i) >> 32);
   }
 
-  __device__ __forceinline__ int64_t at(int i) const {
+  __device__ __forceinline__ int at(int i) const {
     const int row = y(i), column = i - row * columns.count;
-    return int64_t{1} * (rows.first + rows.step * row) * map_columns + columns.first +
-           columns.step * column;
+    return (rows.first + rows.step * row) * map_columns + columns.first + columns.step * column;
   }
 
   // Place of token i in units of the bias table: the difference of two, plus that of the table's
@@ -68,6 +61,82 @@ struct Tokens {
   }
 };
 
+// What all kernels are told. The numbers that take divisions come from the host.
+struct Problem {
+  WindowAttentionShape shape;
+  int tokens, pools, cell_columns, bias_columns;
+  int bias_centre;  // row of the table for a token and itself
+  float scale;
+  bool aligned;  // of every matrix, see copy_rows
+};
+
+inline Problem make_problem(const WindowAttentionShape& shape, bool aligned) {
+  return {shape,
+          static_cast<int>(shape.tokens()),
+          shape.pools(),
+          shape.columns.cells(),
+          shape.bias_columns(),
+          shape.bias_row(0, 0, 0, 0),
+          static_cast<float>(shape.scale),
+          aligned};
+}
+
+__device__ __forceinline__ Tokens tokens_of(const Problem& problem, int cell) {
+  const int y = cell / problem.cell_columns, x = cell - y * problem.cell_columns;
+  return Tokens(problem.shape.rows.cell(y), problem.shape.columns.cell(x),
+                problem.shape.columns.size);
+}
+
+template <class T>
+__device__ __forceinline__ T* row_of(const Problem& problem, const Matrix<T>& matrix,
+                                     const Unit& unit, int token) {
+  return matrix.data + unit.image * matrix.image_stride + token * matrix.token_stride +
+         unit.head * problem.shape.head_dim;
+}
+
+// Of a unit's lse and delta, (image, head, token) in memory.
+__device__ __forceinline__ int64_t statistic_of(const Problem& problem, const Unit& unit,
+                                                int token) {
+  return (unit.image * problem.shape.heads + unit.head) * problem.tokens + token;
+}
+
+// The keys of a cell: its tokens, then the pooled ones.
+template <class T>
+struct Keys {
+  Matrix<const T> key, value, pooled_key, pooled_value;
+};
+
+// Key and value i of a cell of `count` tokens.
+template <class T>
+__device__ __forceinline__ RowPair<T> key_row(const Problem& problem, const Keys<T>& keys,
+                                              const Unit& unit, const Tokens& tokens, int count,
+                                              int i) {
+  if (!unit.exists || i >= count + problem.pools) return {keys.key.data, keys.value.data, false};
+  if (i < count) {
+    const int token = tokens.at(i);
+    return {row_of(problem, keys.key, unit, token), row_of(problem, keys.value, unit, token), true};
+  }
+  return {row_of(problem, keys.pooled_key, unit, i - count),
+          row_of(problem, keys.pooled_value, unit, i - count), true};
+}
+
+// Row i of two matrices over the tokens of a cell.
+template <class T>
+__device__ __forceinline__ RowPair<T> token_row(const Problem& problem, const Matrix<const T>& a,
+                                                const Matrix<const T>& b, const Unit& unit,
+                                                const Tokens& tokens, int count, int i) {
+  if (!unit.exists || i >= count) return {a.data, b.data, false};
+  const int token = tokens.at(i);
+  return {row_of(problem, a, unit, token), row_of(problem, b, unit, token), true};
+}
+
+// Where row i of the result goes, nullptr where there is none.
+template <class T>
+__device__ __forceinline__ T* target_row(const Problem& problem, const Matrix<T>& matrix,
+                                         const Unit& unit, const Tokens& tokens, int count, int i) {
+  return i < count ? row_of(problem, matrix, unit, tokens.at(i)) : nullptr;
+}
+
 // How a launch cuts its work into blocks.
 struct Grid {
   int64_t blocks;
@@ -77,45 +146,45 @@ struct Grid {
   int stages;           // of the ring of column tiles
 };
 
-// The (image, head) pairs and the row tiles of one block.
+// Which cell and row tiles a block works on, and which unit and rows of a tile the calling warp.
 template <class T>
-struct Block {
-  int64_t image;
-  int head;
-  const WindowAttentionShape& shape;
-  int cell;
-  int slots, slot_rows;      // slots * slot_rows = Tile<T>::kRows
+struct Work {
+  int cell, pack;
   int first_tile, end_tile;  // row tiles; none if the block has nothing to do
+  int slots, slot_rows;      // slots * slot_rows = Tile<T>::kRows
+  int lane, tile_row;        // tile_row: the warp's first row in a tile of the block
+  int warp_row;              // and in its slot
+  Unit unit;
 
-  __device__ __forceinline__ Block(const WindowAttentionShape& shape, const Grid& grid)
-      : shape(shape) {
-    const int split = blockIdx.x % grid.splits;
-    const int pack = blockIdx.x / grid.splits % grid.packs;
-    cell = blockIdx.x / grid.splits / grid.packs;
-    image = pack;
-    first_tile = split * grid.tiles_per_block;
-    end_tile = first_tile + grid.tiles_per_block;
+  __device__ __forceinline__ explicit Work(const Grid& grid) {
+    const int unsplit = blockIdx.x / grid.splits;
+    first_tile = (blockIdx.x - unsplit * grid.splits) * grid.tiles_per_block;
+    cell = unsplit / grid.packs;
+    pack = unsplit - cell * grid.packs;
   }
 
   // rows: of a unit of this block's cell.
-  __device__ __forceinline__ void cut(int rows) {
+  __device__ __forceinline__ void cut(const Problem& problem, const Grid& grid, int rows) {
     slots = rows <= Tile<T>::kRows / 2 ? 2 : 1;
     slot_rows = Tile<T>::kRows / slots;
-    const int64_t first_unit = image * slots;
-    image = first_unit / shape.heads;
-    head = static_cast<int>(first_unit - image * shape.heads);
-    const int tiles = image < shape.batch ? (rows + slot_rows - 1) / slot_rows : 0;
-    end_tile = end_tile < tiles ? end_tile : tiles;
+    const int tiles = (rows + slot_rows - 1) / slot_rows;
+    end_tile = min(first_tile + grid.tiles_per_block, tiles);
+    if (unit_of_slot(problem, 0).image >= problem.shape.batch) end_tile = 0;
+    lane = threadIdx.x & 31;
+    tile_row = threadIdx.x >> 5 << 4;
+    warp_row = tile_row & (slot_rows - 1);
+    unit = unit_of_slot(problem, tile_row / slot_rows);
   }
 
-  __device__ __forceinline__ Unit unit(int slot) const {
-    const bool wraps = head + slot >= shape.heads;  // slot is 0 or 1
-    const Unit unit = {image + wraps, head + slot - (wraps ? shape.heads : 0), true};
-    return {unit.image, unit.head, unit.image < shape.batch};
+  __device__ __forceinline__ Unit unit_of_slot(const Problem& problem, int slot) const {
+    const unsigned number = static_cast<unsigned>(pack) * slots + slot;
+    const int image = number / problem.shape.heads;
+    return {image, static_cast<int>(number - image * problem.shape.heads),
+            image < problem.shape.batch};
   }
 };
 
-inline int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline int largest_cell(const WindowAttentionShape& shape) {  // tokens, an upper bound
   const auto edge = [](const Axis& axis) {
@@ -124,39 +193,52 @@ inline int largest_cell(const WindowAttentionShape& shape) {  // tokens, an uppe
   return edge(shape.rows) * edge(shape.columns);
 }
 
-// cells x units of at most `rows` rows each. A block takes several row tiles of a unit when its
-// columns stay in shared memory for all of them and there are blocks enough without.
 template <class T>
-Grid make_grid(const WindowAttentionShape& shape, int cells, int rows, bool resident, int stages) {
-  constexpr int kEnoughBlocks = 512;  // fills the largest GPUs of today once
-  const int slots = rows <= Tile<T>::kRows / 2 ? 2 : 1;
-  const int tiles = ceil_div(rows, Tile<T>::kRows / slots);
-  const int64_t units = shape.batch * shape.heads;
-  Grid grid;
-  grid.stages = stages;
-  grid.packs = ceil_div(units, slots);
-  grid.tiles_per_block = 1;
-  if (resident) {
-    const int64_t spare = int64_t{1} * cells * grid.packs * tiles / kEnoughBlocks;
-    grid.tiles_per_block = static_cast<int>(spare < 1 ? 1 : (spare < tiles ? spare : tiles));
-  }
-  grid.splits = ceil_div(tiles, grid.tiles_per_block);
-  grid.blocks = int64_t{1} * cells * grid.packs * grid.splits;
-  return grid;
+int rows_of_slot(int rows) {
+  return rows <= Tile<T>::kRows / 2 ? Tile<T>::kRows / 2 : Tile<T>::kRows;
 }
 
-// Stages of a ring for `tiles` column tiles of `stage` bytes beside `fixed` bytes: all tiles if they
-// leave room for two blocks a multiprocessor, else two, or one on the smallest shared memories.
-inline int ring_stages(int tiles, int64_t stage, int64_t fixed) {
-  constexpr int64_t kComfortable = 80 * 1024, kLimit = 99 * 1024;
-  int stages = tiles < kMaxStages ? tiles : kMaxStages;
+// The most shared memory of a block that every GPU since sm_80 has, sm_86 and sm_89 included.
+constexpr int kSharedLimit = 99 * 1024;
+
+// Stages of a ring for `tiles` column tiles of `stage` bytes beside `fixed` bytes: all tiles if
+// they leave room for two blocks a multiprocessor, else two, or one where two are too many.
+inline int ring_stages(int64_t tiles, int64_t stage, int64_t fixed) {
+  constexpr int64_t kComfortable = 80 * 1024;
+  int stages = tiles < kMaxStages ? static_cast<int>(tiles) : kMaxStages;
   while (stages > 2 && fixed + stages * stage > kComfortable) --stages;
-  while (stages > 1 && fixed + stages * stage > kLimit) --stages;
+  while (stages > 1 && fixed + stages * stage > kSharedLimit) --stages;
   return stages;
 }
 
-inline dim3 grid_dim(int64_t blocks) { return dim3(static_cast<unsigned>(blocks)); }
-constexpr int64_t kMaxBlocks = 0x7fffffff;
+// `cells` cells of at most `rows` rows and `columns` columns. A block takes several row tiles of a
+// unit when its columns stay in shared memory for all of them and there are blocks enough without.
+template <class T>
+Grid make_grid(const WindowAttentionShape& shape, int cells, int rows, int columns, int64_t stage,
+               int64_t fixed) {
+  constexpr int kEnoughBlocks = 512;  // fills the largest GPUs of today once
+  const int64_t row_tiles = ceil_div(rows, rows_of_slot<T>(rows));
+  const int64_t column_tiles = ceil_div(columns, rows_of_slot<T>(rows));
+  const int64_t packs = ceil_div(shape.batch * shape.heads, Tile<T>::kRows / rows_of_slot<T>(rows));
+  const int stages = ring_stages(column_tiles, stage, fixed);
+  int64_t tiles_per_block = 1;
+  if (column_tiles <= stages) {
+    const int64_t spare = cells * packs * row_tiles / kEnoughBlocks;
+    tiles_per_block = spare < 1 ? 1 : (spare < row_tiles ? spare : row_tiles);
+  }
+  const int64_t splits = ceil_div(row_tiles, tiles_per_block);
+  return {cells * packs * splits, static_cast<int>(packs), static_cast<int>(splits),
+          static_cast<int>(tiles_per_block), stages};
+}
+
+// A launch of a one-dimensional grid, which may have too many blocks.
+template <class... P, class... A>
+cudaError_t launch_blocks(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes,
+                          cudaStream_t stream, A&&... args) {
+  if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
+  return launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), shared_bytes, stream,
+                std::forward<A>(args)...);
+}
 
 // The relative-position table as one head sees it: in shared memory where it fits, else in place.
 constexpr int kSharedBias = 2048;  // entries
@@ -171,25 +253,35 @@ struct Bias {
   int stride;          // from one row of the table to the next
 };
 
-// Copies the heads' columns to `shared` (slots x entries) and returns the one of `slot`; a barrier
+// Copies the heads' columns to `shared` (slots x entries) and returns the calling warp's; a barrier
 // has to follow before it is read.
 template <class T>
 __device__ __forceinline__ Bias load_bias(const float* table, int entries, float* shared,
-                                          const Block<T>& block, int slot) {
+                                          const Problem& problem, const Work<T>& work) {
   if (table == nullptr) return {nullptr, 0};
-  const int heads = block.shape.heads;
-  if (entries == 0) return {table + block.unit(slot).head, heads};
-  for (int s = 0; s < block.slots; ++s) {
-    const int head = block.unit(s).head;
+  const int heads = problem.shape.heads;
+  if (entries == 0) return {table + work.unit.head, heads};
+  for (int slot = 0; slot < work.slots; ++slot) {
+    const int head = work.unit_of_slot(problem, slot).head;
     for (int i = threadIdx.x; i < entries; i += Tile<T>::kThreads) {
-      shared[s * entries + i] = __ldg(table + int64_t{1} * i * heads + head);
+      shared[slot * entries + i] = __ldg(table + i * heads + head);
     }
   }
-  return {shared + slot * entries, 1};
+  return {shared + work.tile_row / work.slot_rows * entries, 1};
 }
 
-// Turns products q k of a chunk into scores in units of log 2: scaled, with the bias, and -inf in
-// columns that do not exist. Rows are queries, or keys if kKeyRows.
+// Places of the two rows of a lane in the bias table, row and row + 8, of a cell of `count` tokens.
+__device__ __forceinline__ void row_places(int (&place)[2], const Bias& bias, const Tokens& tokens,
+                                           int row, int count, int bias_columns) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    place[half] =
+        bias.table == nullptr ? 0 : tokens.bias_place(min(row + 8 * half, count - 1), bias_columns);
+  }
+}
+
+// Turns products q k of a chunk into scores in units of log 2: scaled, with the bias in the first
+// `biased` columns, and -inf from column `count` on. Rows are queries, or keys if kKeyRows.
 template <bool kKeyRows, int N>
 __device__ __forceinline__ void to_scores(float (&s)[N / 8][4], float scale, const Bias& bias,
                                           int centre, const int (&row_place)[2],
@@ -210,7 +302,7 @@ __device__ __forceinline__ void to_scores(float (&s)[N / 8][4], float scale, con
       for (int i = 0; i < 4; ++i) {
         if (column + (i & 1) < biased) {
           const int difference = row_place[i >> 1] - ((i & 1) ? places.y : places.x);
-          const int64_t row = centre + (kKeyRows ? -difference : difference);
+          const int row = centre + (kKeyRows ? -difference : difference);
           s[j][i] = fmaf(bias.table[row * bias.stride], kLog2E, s[j][i]);
         }
       }

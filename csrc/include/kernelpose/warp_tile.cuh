@@ -1,6 +1,7 @@
 // Products of 16-row tiles by one warp: on tensor cores for 16-bit elements, by float32 FMA for
 // float. Accumulators lie alike for both, so that a kernel is written once: with g = lane / 4 and
-// t = lane % 4, c[j][0..3] holds (g, 8j + 2t), (g, 8j + 2t + 1), (g + 8, 8j + 2t), (g + 8, 8j + 2t + 1).
+// t = lane % 4, c[j][0..3] holds (g, 8j + 2t), (g, 8j + 2t + 1), (g + 8, 8j + 2t), (g + 8, 8j + 2t
+// + 1).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,9 +19,16 @@ template <class T>
 struct Tile {
   static constexpr int kWarps = sizeof(T) == 4 ? 2 : 4;
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kRows = 16 * kWarps;   // rows of a tile in shared memory
-  static constexpr int kChunk = kRows / 2;    // columns of scores that a warp holds at a time
+  static constexpr int kRows = 16 * kWarps;  // rows of a tile in shared memory
+  static constexpr int kChunk = kRows / 2;   // columns of scores that a warp holds at a time
 };
+
+// For __launch_bounds__: blocks a multiprocessor that hold as many warps as `blocks` of 4 warps, so
+// that a kernel gets the same registers whatever the element type.
+template <class T>
+constexpr int resident_blocks(int blocks) {
+  return blocks * 4 / Tile<T>::kWarps;
+}
 
 // Elements from one row in shared memory to the next. 16 bytes of padding make it an odd multiple
 // of 16 bytes, so that 8 rows at one column lie in different banks.
@@ -173,29 +181,50 @@ __device__ __forceinline__ float row_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-// Copies `rows` rows of two matrices from global memory to shared memory, D elements each, zeros
-// for the columns from `width` on and for rows that do not exist. source(row, a, b) points a and b
-// at a row and says whether it exists; both stay legal addresses if not. The `threads` callers
-// number themselves by `thread`. `aligned`: all rows begin at 16-byte boundaries and width is a
-// multiple of 16 bytes; the copies are asynchronous then, and the caller commits and waits.
-template <class T, int D, class Source>
-__device__ __forceinline__ void copy_rows(T* first, T* second, int rows, int thread, int threads,
-                                          int width, bool aligned, const Source& source) {
+// A row of each of two matrices in global memory. Where the row does not exist, a and b are legal
+// addresses all the same.
+template <class T>
+struct RowPair {
+  const T *a, *b;
+  bool exists;
+};
+
+template <class P>
+__device__ __forceinline__ P* from_lane(P* pointer, int lane) {
+  return reinterpret_cast<P*>(
+      __shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(pointer), lane));
+}
+
+// Called by a warp: copies 16 rows of two matrices (of the first, if !kTwo) from global to shared
+// memory, D elements each, zeros for the columns from `width` on and for rows that do not exist.
+// Lane l names row l % 16. `aligned`: all rows begin at 16-byte boundaries and width is a multiple
+// of 16 bytes; the copies are asynchronous then, and the caller commits and waits.
+template <class T, int D, bool kTwo>
+__device__ __forceinline__ void copy_rows(T* first, T* second, const RowPair<T>& pair, int lane,
+                                          int width, bool aligned) {
   constexpr int kVector = 16 / sizeof(T);
   constexpr int kVectors = D / kVector;
-  for (int i = thread; i < rows * kVectors; i += threads) {
-    const int row = i / kVectors, column = i % kVectors * kVector;
-    const T *a, *b;
-    const bool exists = source(row, a, b) && column < width;
-    const int target = row * kRowStride<T, D> + column;
-    if (aligned) {
-      cp_async_16(first + target, a + (exists ? column : 0), exists);
-      if (second != nullptr) cp_async_16(second + target, b + (exists ? column : 0), exists);
-    } else {
-      for (int e = 0; e < kVector; ++e) {
-        const bool inside = exists && column + e < width;
-        first[target + e] = inside ? a[column + e] : from_float<T>(0.f);
-        if (second != nullptr) second[target + e] = inside ? b[column + e] : from_float<T>(0.f);
+  const unsigned existing = __ballot_sync(0xffffffffu, pair.exists);
+  if (aligned) {
+#pragma unroll
+    for (int i = 0; i < kVectors / 2; ++i) {  // half a row a lane
+      const int row = (lane + 32 * i) / kVectors, column = (lane + 32 * i) % kVectors * kVector;
+      const bool exists = (existing >> row & 1) != 0 && column < width;
+      const int target = row * kRowStride<T, D> + column, offset = exists ? column : 0;
+      cp_async_16(first + target, from_lane(pair.a, row) + offset, exists);
+      if constexpr (kTwo) cp_async_16(second + target, from_lane(pair.b, row) + offset, exists);
+    }
+  } else {
+#pragma unroll 1
+    for (int row = 0; row < 16; ++row) {
+      const T* const a = from_lane(pair.a, row);
+      const T* const b = from_lane(pair.b, row);
+#pragma unroll 1
+      for (int column = lane; column < D; column += 32) {
+        const bool exists = (existing >> row & 1) != 0 && column < width;
+        const int target = row * kRowStride<T, D> + column;
+        first[target] = exists ? a[column] : from_float<T>(0.f);
+        if constexpr (kTwo) second[target] = exists ? b[column] : from_float<T>(0.f);
       }
     }
   }
@@ -230,13 +259,13 @@ __device__ __forceinline__ float half_dot(const T* a, const T* b, int which, int
   return sum;
 }
 
-// Writes 16 rows of accumulators, times factor[0] for rows 0..7 and factor[1] for rows 8..15, to
-// global memory, through `staging`: 16 rows of shared memory that no other warp touches.
-// target(row, p) points p at a row and says whether it exists.
-template <class T, int D, class Target>
+// Called by a warp: writes 16 rows of accumulators, times factor[0] for rows 0..7 and factor[1] for
+// rows 8..15, to global memory, through `staging`: 16 rows of shared memory that no other warp
+// touches. Lane l names row l % 16, or nullptr where there is none.
+template <class T, int D>
 __device__ __forceinline__ void store_rows(const float (&c)[D / 8][4], const float (&factor)[2],
-                                           T* staging, int lane, int width, bool aligned,
-                                           const Target& target) {
+                                           T* staging, T* target, int lane, int width,
+                                           bool aligned) {
   constexpr int kVector = 16 / sizeof(T);
   constexpr int kVectors = D / kVector;
   constexpr int kStride = kRowStride<T, D>;
@@ -255,15 +284,23 @@ __device__ __forceinline__ void store_rows(const float (&c)[D / 8][4], const flo
     }
   }
   __syncwarp();
-  for (int i = lane; i < 16 * kVectors; i += 32) {
-    const int row = i / kVectors, column = i % kVectors * kVector;
-    T* to;
-    if (!target(row, to) || column >= width) continue;
-    const T* from = staging + row * kStride + column;
-    if (aligned) {
-      *reinterpret_cast<uint4*>(to + column) = *reinterpret_cast<const uint4*>(from);
-    } else {
-      for (int e = 0; e < kVector && column + e < width; ++e) to[column + e] = from[e];
+  if (aligned) {
+#pragma unroll
+    for (int i = 0; i < kVectors / 2; ++i) {
+      const int row = (lane + 32 * i) / kVectors, column = (lane + 32 * i) % kVectors * kVector;
+      T* const to = from_lane(target, row);
+      if (to == nullptr || column >= width) continue;
+      *reinterpret_cast<uint4*>(to + column) =
+          *reinterpret_cast<const uint4*>(staging + row * kStride + column);
+    }
+  } else {
+#pragma unroll 1
+    for (int row = 0; row < 16; ++row) {
+      T* const to = from_lane(target, row);
+#pragma unroll 1
+      for (int column = lane; to != nullptr && column < width; column += 32) {
+        to[column] = staging[row * kStride + column];
+      }
     }
   }
   __syncwarp();
@@ -272,10 +309,14 @@ __device__ __forceinline__ void store_rows(const float (&c)[D / 8][4], const flo
 // Waits for the tile in whose stage the next copy will go, with one group committed a stage.
 __device__ __forceinline__ void wait_for_tile(int stages) {
   switch (stages) {
-    case 1: return cp_async_wait<0>();
-    case 2: return cp_async_wait<1>();
-    case 3: return cp_async_wait<2>();
-    default: return cp_async_wait<3>();
+    case 1:
+      return cp_async_wait<0>();
+    case 2:
+      return cp_async_wait<1>();
+    case 3:
+      return cp_async_wait<2>();
+    default:
+      return cp_async_wait<3>();
   }
 }
 
