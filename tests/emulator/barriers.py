@@ -7,25 +7,19 @@ from pathlib import Path
 
 from tests.emulator.build import ROOT
 
-_MEETING_POINT = re.compile(r"\b(__syncthreads\w*|__syncwarp|cp_async_commit|cp_async_wait<\w+>)\(")
 
+def barriers(op: str, *names: str) -> list[str]:
+    """file:line of every call of the primitives `names` in the op's sources and shared headers.
 
-def barriers(op: str) -> list[str]:
-    """file:line of every barrier, and every wait for a copy, in the op's sources and shared headers.
-
-    Any of them can be left out of a run: Call(..., settings={"skip": barrier}).
+    Each can be left out of a run: Call(..., settings={"skip": barrier}).
     """
+    call = re.compile(rf"\b({'|'.join(names)})(<\w+>)?\(")
     paths = [*(ROOT / "csrc" / "cuda").glob(f"{op}*.cu*")]
     paths += [*(ROOT / "csrc" / "include" / "kernelpose").glob("*.cuh")]
     return [
         f"{path.name}:{number}"
         for path in sorted(paths)
         if path.name != "ptx.cuh"  # defines them
-        for number, line in enumerate(_lines(path), start=1)
-        if _MEETING_POINT.search(line)
+        for number, line in enumerate(path.read_text().splitlines(), start=1)
+        if call.search(line.split("//")[0])
     ]
-
-
-def _lines(path: Path) -> list[str]:
-    """Lines of the source less the comments that end them."""
-    return [line.split("//")[0] for line in path.read_text().splitlines()]

@@ -16,12 +16,12 @@ ROOT = HERE.parent.parent
 CACHE = HERE / ".build"
 CXX = os.environ.get("CXX", "g++")
 
-INCLUDES = [HERE / "include", HERE / "runtime", ROOT / "csrc" / "include", ROOT / "csrc"]
-COMMON = ["-std=c++17", "-g", "-fPIC", "-Wall", "-Wextra"]
+INCLUDES = [HERE / "include", ROOT / "csrc" / "include", ROOT / "csrc"]
+COMMON = ["-std=c++17", "-g1", "-fPIC", "-fmax-errors=3", "-Wall", "-Wextra"]
 COMMON += ["-ffp-contract=off", "-Wno-unknown-pragmas"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 RUNTIME_FLAGS = ["-O2"]  # the emulator moves stacks and poisons memory: it is not sanitised itself
-HOST_FLAGS = ["-O1", *SANITIZE]
+HOST_FLAGS = ["-Og", *SANITIZE]
 # Checks as calls, so that runtime/races.cpp sees every access to shared memory.
 CUDA_FLAGS = [*HOST_FLAGS, "-DKERNELPOSE_EMULATOR"]
 CUDA_FLAGS += ["--param", "asan-instrumentation-with-call-threshold=0"]
@@ -62,7 +62,7 @@ def available() -> str | None:
     """Why sources cannot be compiled here, or None."""
     if shutil.which(CXX) is None:
         return f"no compiler {CXX!r}"
-    if not os.path.isabs(asan_library()):
+    if not Path(asan_library()).is_absolute():
         return f"{CXX} comes without libasan.so"
     return None
 
@@ -72,8 +72,11 @@ def _runtime() -> list[Path]:
 
 
 def _object(source: Path, flags: Sequence[str], language: Sequence[str] = ()) -> Path:
-    flags = [*COMMON, *flags, *(part for path in INCLUDES for part in ("-I", str(path)))]
-    key = _digest(source.read_bytes(), " ".join(flags).encode(), _headers())
+    includes = [*INCLUDES, source.parent]
+    flags = [*COMMON, *flags, *(part for path in includes for part in ("-I", str(path)))]
+    headers = {path for include in includes for path in include.rglob("*.*h")}
+    contents = (path.read_bytes() for path in [source, *sorted(headers)])
+    key = _digest(" ".join(flags).encode(), *contents)
     target = CACHE / f"{source.stem}-{key}.o"
     return _make(target, [CXX, *flags, "-c", *language, str(source)])
 
@@ -94,8 +97,8 @@ def _make(target: Path, command: Sequence[str]) -> Path:
     beside = target.with_name(f".{os.getpid()}-{target.name}")
     done = subprocess.run([*command, "-o", str(beside)], capture_output=True, text=True)
     if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-    os.replace(beside, target)
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr[:4000]}")
+    beside.replace(target)
     return target
 
 
@@ -104,11 +107,6 @@ def _prune(days: float = 7) -> None:
     for path in CACHE.rglob("*"):
         if path.is_file() and path.stat().st_mtime < time.time() - days * 86400:
             path.unlink(missing_ok=True)
-
-
-def _headers() -> bytes:
-    found = {path for include in INCLUDES for path in include.rglob("*.*h")}
-    return _digest(*(path.read_bytes() for path in sorted(found))).encode()
 
 
 def _digest(*parts: bytes) -> str:

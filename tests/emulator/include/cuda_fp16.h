@@ -6,10 +6,11 @@
 namespace kernelpose::emulator {
 
 inline uint16_t half_bits(float value) {
-  const uint32_t bits = kp_bits<uint32_t>(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
-  if (magnitude > 0x7f800000) return 0x7fff;               // NaN, as the hardware writes it
-  if (magnitude >= 0x477ff000) return sign | 0x7c00;       // 65520 and above round to infinity
-  if (magnitude < 0x38800000) {                            // subnormal: units of 2^-24
+  const uint32_t bits = kp_bits<uint32_t>(value), sign = bits >> 16 & 0x8000,
+                 magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return 0x7fff;          // NaN, as the hardware writes it
+  if (magnitude >= 0x477ff000) return sign | 0x7c00;  // 65520 and above round to infinity
+  if (magnitude < 0x38800000) {                       // subnormal: units of 2^-24
     return sign | uint16_t(lrintf(kp_bits<float>(magnitude) * 0x1p24f));
   }
   const uint32_t odd = magnitude >> 13 & 1;
@@ -17,7 +18,8 @@ inline uint16_t half_bits(float value) {
 }
 
 inline float half_value(uint16_t bits) {
-  const uint32_t sign = uint32_t(bits & 0x8000) << 16, exponent = bits >> 10 & 31, fraction = bits & 0x3ff;
+  const uint32_t sign = uint32_t(bits & 0x8000) << 16, exponent = bits >> 10 & 31,
+                 fraction = bits & 0x3ff;
   if (exponent == 0) return kp_bits<float>(sign | kp_bits<uint32_t>(float(fraction) * 0x1p-24f));
   return kp_bits<float>(sign | (exponent == 31 ? 255 : exponent + 112) << 23 | fraction << 13);
 }

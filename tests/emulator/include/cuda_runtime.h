@@ -35,18 +35,12 @@ extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
 
-#define KP_VECTORS(type, name)                                                                   \
-  struct __align__(2 * sizeof(type)) name##2 {                                                   \
-    type x, y;                                                                                   \
-  };                                                                                             \
-  struct name##3 {                                                                               \
-    type x, y, z;                                                                                \
-  };                                                                                             \
-  struct __align__(4 * sizeof(type) < 16 ? 4 * sizeof(type) : 16) name##4 {                      \
-    type x, y, z, w;                                                                             \
-  };                                                                                             \
-  inline name##2 make_##name##2(type x, type y) { return {x, y}; }                               \
-  inline name##3 make_##name##3(type x, type y, type z) { return {x, y, z}; }                    \
+#define KP_VECTORS(type, name)                                                                  \
+  struct __align__(2 * sizeof(type)) name##2 { type x, y; };                                    \
+  struct name##3 { type x, y, z; };                                                             \
+  struct __align__(4 * sizeof(type) < 16 ? 4 * sizeof(type) : 16) name##4 { type x, y, z, w; }; \
+  inline name##2 make_##name##2(type x, type y) { return {x, y}; }                              \
+  inline name##3 make_##name##3(type x, type y, type z) { return {x, y, z}; }                   \
   inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
 
 struct __align__(8) uint2 {
@@ -133,9 +127,7 @@ inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 
 // Device side: meeting points --------------------------------------------------------------------
 
-inline void __syncthreads(KP_SITE_PARAMETERS) {
-  kernelpose::emulator::sync_threads({file, line});
-}
+inline void __syncthreads(KP_SITE_PARAMETERS) { kernelpose::emulator::sync_threads({file, line}); }
 inline int __syncthreads_count(int predicate, KP_SITE_PARAMETERS) {
   return kernelpose::emulator::sync_threads_count(predicate != 0, {file, line});
 }

@@ -30,13 +30,15 @@ void meet(const char* what, uint32_t mask, void* slot, Complete complete, Site s
 
 // Same, for .sync.aligned instructions: all 32 lanes.
 void mma(bool bfloat16, float* d, const uint32_t* a, const uint32_t* b, const float* c, Site site);
-void ldmatrix(uint32_t* registers, int count, bool transposed, const void* row, Site site);
+// `pc` is the code address to name when the access turns out to be a race.
+void ldmatrix(uint32_t* registers, int count, bool transposed, const void* row, Site site,
+              const void* pc);
 uint64_t shuffle(uint32_t mask, uint64_t bits, int source_lane, Site site);
 uint32_t ballot(uint32_t mask, bool predicate, Site site);
 
-void cp_async_16(void* shared, const void* global, bool valid, Site site);
+void cp_async_16(void* shared, const void* global, bool valid, Site site, const void* pc);
 void cp_async_commit(Site site);
-void cp_async_wait(int groups_left, Site site);
+void cp_async_wait(int groups_left, Site site, const void* pc);
 
 int lane();  // of the thread that runs
 void* dynamic_shared();

@@ -111,6 +111,6 @@ extern "C" int faulty(float* global, int fault) {
 
 extern "C" int launch_empty(int64_t grid_x, int64_t grid_y, int64_t block_x, int64_t block_z,
                             int64_t shared_bytes) {
-  return kernelpose::launch(kernelpose::empty_kernel, dim3(grid_x, grid_y), dim3(block_x, 1, block_z),
-                            shared_bytes, nullptr);
+  return kernelpose::launch(kernelpose::empty_kernel, dim3(grid_x, grid_y),
+                            dim3(block_x, 1, block_z), shared_bytes, nullptr);
 }

@@ -19,12 +19,14 @@ __global__ void tile_matmul_kernel(const T* a, const T* b, const T* b_transposed
     Tile<T>& t = tile[k / 16 % 2];
     const bool valid = k < depth;
     if (thread < 32) {
-      cp_async_16(&t.a[thread / 2][thread % 2 * 8], a + (valid ? thread / 2 * depth + k : 0) + thread % 2 * 8, valid);
+      cp_async_16(&t.a[thread / 2][thread % 2 * 8],
+                  a + (valid ? thread / 2 * depth + k : 0) + thread % 2 * 8, valid);
     } else if (thread < 48) {
       cp_async_16(&t.b[thread - 32][0], b + (valid ? (k + thread - 32) * 8 : 0), valid);
     } else {
       const int i = thread - 48;
-      cp_async_16(&t.b_transposed[i / 2][i % 2 * 8], b_transposed + (valid ? i / 2 * depth + k : 0) + i % 2 * 8, valid);
+      cp_async_16(&t.b_transposed[i / 2][i % 2 * 8],
+                  b_transposed + (valid ? i / 2 * depth + k : 0) + i % 2 * 8, valid);
     }
     cp_async_commit();
   };

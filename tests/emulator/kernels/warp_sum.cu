@@ -8,7 +8,8 @@ __global__ void warp_sum_kernel(const float* in, float* out, int columns) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   for (int row = blockIdx.x; row < int(2 * gridDim.x); row += gridDim.x) {
     float sum = 0.0f;
-    for (int i = threadIdx.x; i < columns; i += blockDim.x) sum += in[int64_t{1} * row * columns + i];
+    for (int i = threadIdx.x; i < columns; i += blockDim.x)
+      sum += in[int64_t{1} * row * columns + i];
     for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
     if (lane == 0) warp_sum[warp] = sum;
     __syncthreads();

@@ -45,10 +45,10 @@ struct Block {
   Dim grid = {}, size = {}, index = {};
   int threads = 0, alive = 0, arrived = 0, votes = 0, votes_counted = 0;
   std::vector<std::unique_ptr<Thread>> thread;
-  std::vector<int> order;           // thread ids, the first that may run runs
-  std::vector<uint64_t> ready;      // bit per rank
-  std::vector<uint32_t> waiting;    // per warp: lanes that wait for lanes
-  uint32_t epoch = 0;               // counts block barriers, never starts over
+  std::vector<int> order;         // thread ids, the first that may run runs
+  std::vector<uint64_t> ready;    // bit per rank
+  std::vector<uint32_t> waiting;  // per warp: lanes that wait for lanes
+  uint32_t epoch = 0;             // counts block barriers, never starts over
   char* shared = nullptr;
   size_t shared_bytes = 0;
 
@@ -61,14 +61,8 @@ struct Block {
 extern Block block;
 extern Thread* current;  // null outside a kernel
 
-// Where an access comes from: a code address with line 0, or a file's name and a line.
-struct Place {
-  const void* code;
-  int line;
-};
-
 // races.cpp: every access to shared memory, and what puts accesses in order.
-void record_access(Thread& thread, const void* address, size_t bytes, bool write, Place place);
+void record_access(Thread& thread, const void* address, size_t bytes, bool write, const void* pc);
 void order_lanes(uint32_t mask);
 void watch_races(bool watched, size_t shared_bytes);
 

@@ -23,8 +23,8 @@ namespace {
 
 struct Access {
   uint32_t epoch;  // block barriers before it; 0: none
-  uint32_t thread, clock;
-  Place place;
+  uint32_t thread : 10, clock : 22;
+  const void* pc;  // where the check was called, to be found in the sources
 };
 
 struct Byte {
@@ -39,15 +39,12 @@ bool ordered(const Access& before, const Thread& now) {
          now.clock[before.thread % kWarp] >= before.clock;
 }
 
-std::string describe(Place place) {
-  if (place.line != 0) {
-    return static_cast<const char*>(place.code) + (":" + std::to_string(place.line));
-  }
+std::string source_line(const void* pc) {
   char text[512] = "?";
   if (__sanitizer_symbolize_pc) {
     // The address is where the call returns to, so step back into it.
-    __sanitizer_symbolize_pc(const_cast<char*>(static_cast<const char*>(place.code) - 1),
-                             "%s:%l in %f", text, sizeof text);
+    __sanitizer_symbolize_pc(const_cast<char*>(static_cast<const char*>(pc) - 1), "%s:%l in %f",
+                             text, sizeof text);
   }
   return text;
 }
@@ -55,19 +52,19 @@ std::string describe(Place place) {
 [[noreturn]] void report(const Access& before, bool before_writes, const Thread& now, bool write,
                          size_t offset) {
   if (__sanitizer_print_stack_trace) __sanitizer_print_stack_trace();
-  fail("race on byte %zu of shared memory: thread %d %s it, and thread %u %s it at %s, with no "
-       "barrier between them",
-       offset, now.id, write ? "writes" : "reads", before.thread,
-       before_writes ? "wrote" : "read",
-       describe(before.place).c_str());
+  fail(
+      "race on byte %zu of shared memory: thread %d %s it, and thread %u %s it at %s, with no "
+      "barrier between them",
+      offset, now.id, write ? "writes" : "reads", before.thread, before_writes ? "wrote" : "read",
+      source_line(before.pc).c_str());
 }
 
 }  // namespace
 
-void record_access(Thread& thread, const void* address, size_t count, bool write, Place place) {
+void record_access(Thread& thread, const void* address, size_t count, bool write, const void* pc) {
   if (bytes_of_block.empty()) return;
   const size_t offset = static_cast<const char*>(address) - block.shared;
-  const Access access{block.epoch, uint32_t(thread.id), thread.clock[thread.lane()], place};
+  const Access access{block.epoch, uint32_t(thread.id), thread.clock[thread.lane()], pc};
   for (size_t i = offset; i < std::min(offset + count, block.shared_bytes); ++i) {
     Byte& byte = bytes_of_block[i];
     if (!ordered(byte.write, thread)) report(byte.write, true, thread, write, i);
@@ -108,29 +105,30 @@ namespace {
 
 using namespace kernelpose::emulator;
 
-void watch(const void* address, size_t bytes, bool write, const void* pc) {
-  if (current != nullptr && block.in_shared(address, bytes)) {
-    record_access(*current, address, bytes, write, {pc, 0});
-  }
+// True if the access is to shared memory and hence in order as far as the sanitizer goes.
+bool watched(const void* address, size_t bytes, bool write, const void* pc) {
+  if (current == nullptr || !block.in_shared(address, bytes)) return false;
+  record_access(*current, address, bytes, write, pc);
+  return true;
 }
 
 }  // namespace
 
 // Each check of a known size, and the one that takes the size as an argument. Hidden, so that the
 // kernels of this library find these and not the sanitizer's own.
-#define KP_CHECK(name, bytes, write)                                                      \
-  static auto* const real_##name =                                                        \
-      reinterpret_cast<void (*)(const void*)>(dlsym(RTLD_DEFAULT, "__asan_" #name));      \
-  extern "C" [[gnu::visibility("hidden")]] void __asan_##name(const void* address) {      \
-    if (real_##name != nullptr) real_##name(address);                                     \
-    watch(address, bytes, write, __builtin_return_address(0));                            \
+#define KP_CHECK(name, bytes, write)                                                 \
+  static auto* const real_##name =                                                   \
+      reinterpret_cast<void (*)(const void*)>(dlsym(RTLD_DEFAULT, "__asan_" #name)); \
+  extern "C" [[gnu::visibility("hidden")]] void __asan_##name(const void* address) { \
+    if (watched(address, bytes, write, __builtin_return_address(0))) return;         \
+    if (real_##name != nullptr) real_##name(address);                                \
   }
-#define KP_CHECK_N(name, write)                                                               \
-  static auto* const real_##name =                                                            \
-      reinterpret_cast<void (*)(const void*, size_t)>(dlsym(RTLD_DEFAULT, "__asan_" #name));  \
+#define KP_CHECK_N(name, write)                                                                \
+  static auto* const real_##name =                                                             \
+      reinterpret_cast<void (*)(const void*, size_t)>(dlsym(RTLD_DEFAULT, "__asan_" #name));   \
   extern "C" [[gnu::visibility("hidden")]] void __asan_##name(const void* address, size_t n) { \
-    if (real_##name != nullptr) real_##name(address, n);                                      \
-    watch(address, n, write, __builtin_return_address(0));                                    \
+    if (watched(address, n, write, __builtin_return_address(0))) return;                       \
+    if (real_##name != nullptr) real_##name(address, n);                                       \
   }
 KP_CHECK(load1, 1, false)
 KP_CHECK(load2, 2, false)

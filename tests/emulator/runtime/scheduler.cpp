@@ -57,6 +57,11 @@ std::string name_of(Site site) {
   return std::string(base_name(site.file)) + ":" + std::to_string(site.line);
 }
 
+bool same_site(Site a, Site b) {
+  if (a.line != b.line) return false;
+  return a.file == b.file || (a.file && b.file && std::strcmp(a.file, b.file) == 0);
+}
+
 void set_ready(Thread& t) {
   t.wait = {};
   block.ready[t.rank / 64] |= uint64_t{1} << (t.rank % 64);
@@ -78,14 +83,16 @@ std::string describe_threads() {
     const Thread& a = *block.thread[first];
     const auto same = [&](const Thread& b) {
       return a.exited == b.exited && a.wait.what == b.wait.what && a.wait.mask == b.wait.mask &&
-             a.wait.site.line == b.wait.site.line && a.wait.complete == b.wait.complete;
+             same_site(a.wait.site, b.wait.site) && a.wait.complete == b.wait.complete;
     };
     for (end = first + 1; end < block.threads && same(*block.thread[end]); ++end) {
     }
     char line[256], mask[32] = "";
     if (a.wait.mask != 0) std::snprintf(mask, sizeof mask, " mask %08x", a.wait.mask);
     std::snprintf(line, sizeof line, "  threads %d..%d: %s %s%s\n", first, end - 1,
-                  a.exited ? "have exited" : a.wait.what == nullptr ? "can run" : a.wait.what,
+                  a.exited                 ? "have exited"
+                  : a.wait.what == nullptr ? "can run"
+                                           : a.wait.what,
                   a.wait.what == nullptr ? "" : ("at " + name_of(a.wait.site)).c_str(), mask);
     text += line;
   }
@@ -99,8 +106,8 @@ void resume(Thread& next) {
 
 // Leaves the running thread, which waits or has exited, for the one that is due.
 void yield(Thread& self) {
-  block.ready[self.rank / 64] &= ~(uint64_t{self.wait.what != nullptr || self.exited}
-                                   << (self.rank % 64));
+  block.ready[self.rank / 64] &=
+      ~(uint64_t{self.wait.what != nullptr || self.exited} << (self.rank % 64));
   Thread* next = next_ready();
   if (next == &self) return;
   if (next != nullptr) {
@@ -121,8 +128,7 @@ void open_barrier_if_complete() {
   for (auto& t : block.thread) {
     if (t->exited) continue;
     if (first == nullptr) first = t.get();
-    if (t->wait.site.line != first->wait.site.line || t->wait.what != first->wait.what ||
-        std::strcmp(t->wait.site.file, first->wait.site.file) != 0) {
+    if (t->wait.what != first->wait.what || !same_site(t->wait.site, first->wait.site)) {
       fail("threads of a block meet at different barriers\n%s", describe_threads().c_str());
     }
   }
@@ -216,7 +222,8 @@ void run_block(Dim index, uint64_t number, long seed) {
   for (int id = 0; id < block.threads; ++id) {
     Thread& t = *block.thread[id];
     t.id = id;
-    t.index = {id % block.size.x, id / block.size.x % block.size.y, id / (block.size.x * block.size.y)};
+    t.index = {id % block.size.x, id / block.size.x % block.size.y,
+               id / (block.size.x * block.size.y)};
     t.exited = false;
     t.open_group.clear();
     t.groups.clear();
@@ -283,8 +290,8 @@ void meet(const char* what, uint32_t mask, void* slot, Complete complete, Site s
   Thread& self = *current;
   const int warp = self.warp();
   if ((mask >> self.lane() & 1) == 0) {
-    fail("%s at %s: the mask %08x leaves out the lane %d that runs it", what,
-         name_of(site).c_str(), mask, self.lane());
+    fail("%s at %s: the mask %08x leaves out the lane %d that runs it", what, name_of(site).c_str(),
+         mask, self.lane());
   }
   self.wait = {what, mask, site, complete, slot};
   uint32_t& waiting = block.waiting[warp];
@@ -295,7 +302,7 @@ void meet(const char* what, uint32_t mask, void* slot, Complete complete, Site s
       const Thread& t = *block.thread[warp * kWarp + __builtin_ctz(rest)];
       const Wait &a = self.wait, &b = t.wait;
       if (a.what != b.what || a.mask != b.mask || a.complete != b.complete ||
-          a.site.line != b.site.line || std::strcmp(a.site.file, b.site.file) != 0) {
+          !same_site(a.site, b.site)) {
         fail("lanes of a warp meet at different instructions\n%s", describe_threads().c_str());
       }
       slots[t.lane()] = t.wait.slot;
@@ -311,14 +318,17 @@ void meet(const char* what, uint32_t mask, void* slot, Complete complete, Site s
 
 void sync_warp(uint32_t mask, Site site) {
   if (is_left_out(site)) return;
-  meet("__syncwarp", mask, current, [](void* const(&slots)[kWarp]) {
-    uint32_t lanes = 0;
-    for (int lane = 0; lane < kWarp; ++lane) lanes |= uint32_t{slots[lane] != nullptr} << lane;
-    order_lanes(lanes);
-  }, site);
+  meet(
+      "__syncwarp", mask, current,
+      [](void* const(&slots)[kWarp]) {
+        uint32_t lanes = 0;
+        for (int lane = 0; lane < kWarp; ++lane) lanes |= uint32_t{slots[lane] != nullptr} << lane;
+        order_lanes(lanes);
+      },
+      site);
 }
 
-void cp_async_16(void* shared, const void* global, bool valid, Site site) {
+void cp_async_16(void* shared, const void* global, bool valid, Site site, const void* pc) {
   if (!block.in_shared(shared, 16)) {
     fail("cp_async_16 at %s: the destination is not in shared memory", name_of(site).c_str());
   }
@@ -328,7 +338,7 @@ void cp_async_16(void* shared, const void* global, bool valid, Site site) {
   }
   // From here until the wait it may land at any time: what was there is gone, what comes is not
   // there yet.
-  record_access(*current, shared, 16, true, {site.file, site.line});
+  record_access(*current, shared, 16, true, pc);
   std::memset(shared, 0xff, 16);
   current->open_group.push_back({shared, global, valid});
 }
@@ -339,12 +349,12 @@ void cp_async_commit(Site site) {
   current->open_group.clear();
 }
 
-void cp_async_wait(int groups_left, Site site) {
+void cp_async_wait(int groups_left, Site site, const void* pc) {
   if (is_left_out(site)) return;
   auto& groups = current->groups;
   while (int(groups.size()) > groups_left) {
     for (const Copy& copy : groups.front()) {
-      record_access(*current, copy.shared, 16, true, {site.file, site.line});
+      record_access(*current, copy.shared, 16, true, pc);
       if (copy.valid) {
         std::memcpy(copy.shared, copy.global, 16);
       } else {

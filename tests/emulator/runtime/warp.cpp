@@ -71,8 +71,8 @@ void distribute(void* const (&slots)[kWarp]) {
     const Rows& mine = rows(lane);
     const int high = lane / 4, low = lane % 4 * 2;
     for (int i = 0; i < mine.count; ++i) {
-      const uint32_t first = mine.transposed ? rows(8 * i + low).element[high]
-                                             : rows(8 * i + high).element[low];
+      const uint32_t first =
+          mine.transposed ? rows(8 * i + low).element[high] : rows(8 * i + high).element[low];
       const uint32_t second = mine.transposed ? rows(8 * i + low + 1).element[high]
                                               : rows(8 * i + high).element[low + 1];
       mine.registers[i] = first | second << 16;
@@ -84,30 +84,36 @@ void distribute(void* const (&slots)[kWarp]) {
 
 uint64_t shuffle(uint32_t mask, uint64_t bits, int source_lane, Site site) {
   Shuffle mine{bits, 0, source_lane};
-  meet("a shuffle", mask, &mine, [](void* const(&slots)[kWarp]) {
-    for (void* slot : slots) {
-      if (slot == nullptr) continue;
-      auto& s = *static_cast<Shuffle*>(slot);
-      // The value of a lane that does not take part is undefined: poison.
-      const auto* source = static_cast<const Shuffle*>(slots[s.source]);
-      s.result = source == nullptr ? ~uint64_t{0} : source->bits;
-    }
-  }, site);
+  meet(
+      "a shuffle", mask, &mine,
+      [](void* const(&slots)[kWarp]) {
+        for (void* slot : slots) {
+          if (slot == nullptr) continue;
+          auto& s = *static_cast<Shuffle*>(slot);
+          // The value of a lane that does not take part is undefined: poison.
+          const auto* source = static_cast<const Shuffle*>(slots[s.source]);
+          s.result = source == nullptr ? ~uint64_t{0} : source->bits;
+        }
+      },
+      site);
   return mine.result;
 }
 
 uint32_t ballot(uint32_t mask, bool predicate, Site site) {
   Vote mine{predicate, 0};
-  meet("a vote", mask, &mine, [](void* const(&slots)[kWarp]) {
-    uint32_t result = 0;
-    for (int lane = 0; lane < kWarp; ++lane) {
-      const auto* vote = static_cast<const Vote*>(slots[lane]);
-      if (vote != nullptr && vote->predicate) result |= 1u << lane;
-    }
-    for (void* slot : slots) {
-      if (slot != nullptr) static_cast<Vote*>(slot)->result = result;
-    }
-  }, site);
+  meet(
+      "a vote", mask, &mine,
+      [](void* const(&slots)[kWarp]) {
+        uint32_t result = 0;
+        for (int lane = 0; lane < kWarp; ++lane) {
+          const auto* vote = static_cast<const Vote*>(slots[lane]);
+          if (vote != nullptr && vote->predicate) result |= 1u << lane;
+        }
+        for (void* slot : slots) {
+          if (slot != nullptr) static_cast<Vote*>(slot)->result = result;
+        }
+      },
+      site);
   return mine.result;
 }
 
@@ -117,7 +123,8 @@ void mma(bool bfloat16, float* d, const uint32_t* a, const uint32_t* b, const fl
        bfloat16 ? multiply<__nv_bfloat16> : multiply<__half>, site);
 }
 
-void ldmatrix(uint32_t* registers, int count, bool transposed, const void* row, Site site) {
+void ldmatrix(uint32_t* registers, int count, bool transposed, const void* row, Site site,
+              const void* pc) {
   Rows mine{{}, registers, count, transposed};
   if (lane() < 8 * count) {
     if (!block.in_shared(row, 16)) {
@@ -127,7 +134,7 @@ void ldmatrix(uint32_t* registers, int count, bool transposed, const void* row, 
       fail("ldmatrix at %s:%d: the row is not aligned to 16 bytes", site.file, site.line);
     }
     // Read now, before the others come: the instruction orders no memory accesses, __syncwarp does.
-    record_access(*current, row, 16, false, {site.file, site.line});
+    record_access(*current, row, 16, false, pc);
     std::memcpy(mine.element, row, 16);
   }
   meet(count == 4 ? (transposed ? "ldmatrix x4 trans" : "ldmatrix x4")
