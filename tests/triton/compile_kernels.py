@@ -1,0 +1,60 @@
+"""Compiles window_attention's Triton kernels without a GPU and prints what they use, as JSON lines.
+
+Reads a JSON list of variants from standard input. Run in a process of its own: Triton compiles, or
+interprets, for the life of a process.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import triton
+from kernelpose.triton_kernels import window_attention, window_attention_backward
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+MAPS = {"qkv", "pooled", "out", "grad_out", "grad_qkv"}  # of the tensor's dtype
+FLOATS = {"bias", "lse", "delta", "grad_pooled", "partial", "pairs", "grad_bias"}
+
+
+def compile_variant(
+    name: str, dtype: str, arch: int, constants: dict[str, Any], warps: int, stages: int
+) -> dict[str, int]:
+    """Registers a thread, bytes of stack and local memory a thread, shared bytes a block."""
+    module = window_attention if hasattr(window_attention, name) else window_attention_backward
+    kernel = getattr(module, name)
+    signature, constexprs, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        key = parameter.name
+        if parameter.is_constexpr or constants.get(key, 0) is None:
+            signature[key] = "constexpr"
+            constexprs[(i,)] = constants[key]
+        elif key in MAPS | FLOATS:
+            signature[key] = "*fp32" if key in FLOATS else "*" + dtype
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[key] = "fp32" if key == "scale" else "i32"
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constexprs, attributes),
+        target=GPUTarget("cuda", arch, 32),
+        options={"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True},
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert found, usage
+    registers, stack, local = map(int, found.groups())
+    return {"registers": registers, "spilled": stack + local, "shared": compiled.metadata.shared}
+
+
+if __name__ == "__main__":
+    for variant in json.load(sys.stdin):
+        print(json.dumps(compile_variant(**variant)), flush=True)

@@ -1,0 +1,35 @@
+"""Loads the Triton kernels: compiled where a GPU is, else for Triton's interpreter.
+
+Triton chooses when it is first imported, and looks again later. So the variable is set while tests
+are collected, before any test can import Triton by way of torch.compile, and during the tests of
+this folder; the others, and the processes they start, do not see it.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+import torch
+
+INTERPRET = not torch.cuda.is_available()
+
+with pytest.MonkeyPatch.context() as patch:
+    if INTERPRET:
+        patch.setenv("TRITON_INTERPRET", "1")
+    triton = pytest.importorskip("triton")
+    from kernelpose.triton_kernels import window_attention
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    interpreted = not isinstance(triton.language.sum, triton.JITFunction)
+    assert interpreted == INTERPRET, "Triton was imported before this folder chose its interpreter"
+    if INTERPRET:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return window_attention
+
+
+@pytest.fixture
+def device() -> str:
+    return "cpu" if INTERPRET else "cuda"

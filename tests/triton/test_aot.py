@@ -1,0 +1,146 @@
+"""Every kernel and every tile compiles for sm_80 and sm_90, spills nothing and keeps its budget."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kernelpose.triton_kernels import window_attention_tiles as tiles
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = Path(__file__).with_name("compile_kernels.py")
+ARCHS = (80, 90)
+DTYPES = {"fp32": 4, "fp16": 2, "bf16": 2}
+HEAD_DIMS = {16: 16, 32: 20, 64: 64, 128: 80}  # block_d -> the head width it is compiled for
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block; CUDA programming guide, table 27
+
+# (kernel, table, options that change its code): None stands for an argument that is not there.
+NO_BIAS = {"bias": None}
+NO_POOL = {"pooled": None}
+NO_POOL_BACKWARD = {"pooled": None, "grad_pooled": None}
+CELL_KERNELS: list[tuple[str, str, list[dict[str, Any]]]] = [
+    ("_window_attention_forward_kernel", "FORWARD", [{}, NO_BIAS | NO_POOL]),
+    ("_window_attention_delta_kernel", "BACKWARD", [{}]),
+    ("_window_attention_pool_backward_kernel", "POOL_BACKWARD", [{}]),
+    ("_window_attention_backward_kernel", "BACKWARD", [NO_BIAS, NO_BIAS | NO_POOL_BACKWARD]),
+    ("_window_attention_backward_kernel", "BACKWARD_WITH_BIAS", [{}, NO_POOL_BACKWARD]),
+    ("_window_attention_bias_backward_kernel", "BIAS_BACKWARD", [{}]),
+]
+
+
+def _constants(
+    tile: tiles.Tile, head_dim: int, grid: bool, one_tile: bool, options: dict[str, Any]
+) -> dict[str, Any]:
+    constants = {
+        "HEAD_DIM": head_dim,
+        "GRID": grid,
+        "BLOCK_D": tiles.block_d(head_dim),
+        "BLOCK": tile.block,
+        "STEP": tile.step,
+        "BLOCK_P": tiles.POOL_BLOCK,
+        "BLOCK_C": tile.step,
+        "ONE_TILE": one_tile,
+    } | options
+    if one_tile and "bias" in options and "pooled" in options:
+        constants["delta"] = None
+    return constants
+
+
+def _check(runs: list[tuple[str, tiles.Tile, dict[str, Any]]]) -> None:
+    variants = [
+        {"name": name, "warps": tile.warps, "stages": tile.stages, **rest}
+        for name, tile, rest in runs
+    ]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    paths = [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT)],
+        input=json.dumps(variants),
+        env=environment | {"PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    used = [json.loads(line) for line in done.stdout.splitlines()]
+    faults = []
+    for (name, tile, rest), usage in zip(runs, used, strict=True):
+        within = usage["registers"] <= tile.registers and usage["shared"] <= tile.shared
+        if usage["spilled"] or not within or tile.shared > SHARED_LIMIT[rest["arch"]]:
+            faults.append(f"{name} {tile} {rest}: {usage}")
+    assert not faults, "\n".join(faults)
+
+
+def _runs(
+    kernel: tuple[str, str, list[dict[str, Any]]], dtype: str, block_d: int, archs: tuple[int, ...]
+) -> list[tuple[str, tiles.Tile, dict[str, Any]]]:
+    name, table, options = kernel
+    entries = getattr(tiles, table)[DTYPES[dtype], block_d]
+    uses = {(tile, tokens <= tile.block == tile.step) for tokens, tile in entries.items()}
+    uses.add((entries[max(entries)], False))  # any larger cell
+    if name != "_window_attention_backward_kernel":
+        uses = {(tile, False) for tile, _ in uses}
+    return [
+        (
+            name,
+            tile,
+            {
+                "dtype": dtype,
+                "arch": arch,
+                "constants": _constants(tile, HEAD_DIMS[block_d], grid, one_tile, option),
+            },
+        )
+        for (tile, one_tile), (option, grid), arch in itertools.product(
+            sorted(uses), zip(options, (False, True), strict=False), archs
+        )
+    ]
+
+
+def test_tables_fit_the_hardware() -> None:
+    for table, dtype, block_d in itertools.product({k[1] for k in CELL_KERNELS}, (2, 4), HEAD_DIMS):
+        entries = getattr(tiles, table)[dtype, block_d]
+        assert list(entries) == sorted(entries)
+        for tokens, tile in entries.items():
+            assert tile.registers <= 255 and tile.registers * 32 * tile.warps <= 65536
+            assert tile.block >= min(tokens, 32 if dtype == 4 or block_d == 128 else 64) or (
+                table.startswith("BACKWARD_WITH")
+            )
+
+
+@pytest.mark.parametrize("kernel", CELL_KERNELS, ids=lambda kernel: kernel[0] + "-" + kernel[1])
+def test_vit_head_in_half(kernel: tuple[str, str, list[dict[str, Any]]]) -> None:
+    """Head width 64 in float16, which every ViTPose but S and H has, on the newer architecture."""
+    _check(
+        [run for run in _runs(kernel, "fp16", 64, (90,)) if run[2]["constants"]["HEAD_DIM"] == 64]
+    )
+
+
+def test_pooling_and_bias_reduction() -> None:
+    runs = []
+    for dtype, arch, grid in itertools.product(DTYPES, ARCHS, (False, True)):
+        rest = {
+            "dtype": dtype,
+            "arch": arch,
+            "constants": _constants(tiles.POOL, 64, grid, False, {}),
+        }
+        runs.append(("_window_attention_pool_kernel", tiles.POOL, rest))
+    constants = _constants(tiles.BIAS_REDUCE, 64, False, False, {})
+    for arch in ARCHS:
+        rest = {"dtype": "fp32", "arch": arch, "constants": constants}
+        runs.append(("_window_attention_bias_reduce_kernel", tiles.BIAS_REDUCE, rest))
+    _check(runs)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("block_d", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernel", CELL_KERNELS, ids=lambda kernel: kernel[0] + "-" + kernel[1])
+def test_every_tile(
+    kernel: tuple[str, str, list[dict[str, Any]]], dtype: str, block_d: int
+) -> None:
+    _check(_runs(kernel, dtype, block_d, ARCHS))
