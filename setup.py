@@ -38,11 +38,12 @@ def run(*command: str | Path) -> None:
 
 
 def find_nvcc() -> str | None:
-    for root in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
-        if root and (Path(root) / "bin" / "nvcc").is_file():
-            return str(Path(root) / "bin" / "nvcc")
-    default = Path("/usr/local/cuda/bin/nvcc")
-    return shutil.which("nvcc") or (str(default) if default.is_file() else None)
+    """nvcc of CUDA_HOME; where that is unset, the one on the PATH or in its usual place."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if not home and shutil.which("nvcc"):
+        return shutil.which("nvcc")
+    nvcc = Path(home or "/usr/local/cuda") / "bin" / "nvcc"
+    return str(nvcc) if nvcc.is_file() else None
 
 
 def cmake_archs(text: str) -> str:

@@ -86,6 +86,7 @@ CASES = {
     "grid-odd": Case((9, 7), 2, 20, window=(2, 3), partition="grid", bias=True, pooled=True),
     "one-token": Case((1, 1), 2, 8, window=(2, 2)),
     "widest-head": Case((4, 4), 1, 128, window=(4, 4)),
+    "full-batch-0": Case((4, 4), 2, 8, batch=0),
     "batch-0": Case((8, 8), 2, 16, window=(4, 4), shift=(2, 2), bias=True, batch=0),
 }
 
