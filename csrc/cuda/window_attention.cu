@@ -10,10 +10,10 @@
 // Floor, per launch: q, k, v read and out written once, 4 * batch * tokens * C * sizeof(T) bytes;
 // 4 * D FLOP for each pair of tokens that meet. Shared memory: (kRows + stages * 2 * kRows) *
 // (D + 16 bytes) plus 4 * kRows bytes a stage and the bias table; 64.5 KB for D = 64, 192 keys.
-// budget: forward_kernel<16-bit, 32> registers<=128
-// budget: forward_kernel<16-bit, 64> registers<=144
-// budget: forward_kernel<16-bit, 80> registers<=168
-// budget: forward_kernel<16-bit, 128> registers<=216
+// budget: forward_kernel<16-bit, 32> registers<=104
+// budget: forward_kernel<16-bit, 64> registers<=128
+// budget: forward_kernel<16-bit, 80> registers<=160
+// budget: forward_kernel<16-bit, 128> registers<=208
 // budget: forward_kernel<float, 32> registers<=128
 // budget: forward_kernel<float, 64> registers<=168
 // budget: forward_kernel<float, 80> registers<=168
@@ -48,10 +48,12 @@ struct ForwardShared {
   static_assert(fixed(kSharedBias) + kStage <= kSharedLimit);
 };
 
+// Blocks of 4 warps a multiprocessor that the kernel gets registers for.
 template <class T, int D>
-__global__ void __launch_bounds__(Tile<T>::kThreads, resident_blocks<T>(D <= 32   ? 4
-                                                                        : D <= 80 ? 3
-                                                                                  : 2))
+constexpr int kForwardBlocks = D <= 32 || (D <= 64 && sizeof(T) == 2) ? 4 : (D <= 80 ? 3 : 2);
+
+template <class T, int D>
+__global__ void __launch_bounds__(Tile<T>::kThreads, resident_blocks<T>(kForwardBlocks<T, D>))
     forward_kernel(const ForwardArguments<T> args) {
   constexpr int kTile = ForwardShared<T, D>::kTile, kStride = kRowStride<T, D>;
   constexpr int kRows = Tile<T>::kRows, kChunk = Tile<T>::kChunk;
@@ -198,7 +200,7 @@ cudaError_t window_attention_forward(const void* qkv, const float* bias, void* o
                                      void* workspace, const WindowAttentionShape& shape,
                                      DType dtype, cudaStream_t stream) {
   if (shape.batch == 0) return cudaSuccess;
-  return dispatch(dtype, shape.head_dim, [&](auto type, auto width) {
+  return dispatch(dtype, shape, [&](auto type, auto width) {
     using T = decltype(type);
     return launch_forward<T, decltype(width)::value>(static_cast<const T*>(qkv), bias,
                                                      static_cast<T*>(out), lse,

@@ -107,7 +107,7 @@ cudaError_t window_attention_backward(const void* grad_out, const void* qkv, con
     const int64_t entries = int64_t{1} * shape.bias_rows() * shape.bias_columns() * shape.heads;
     return cudaMemsetAsync(grad_bias, 0, entries * sizeof(float), stream);
   }
-  return dispatch(dtype, shape.head_dim, [&](auto type, auto width) {
+  return dispatch(dtype, shape, [&](auto type, auto width) {
     using T = decltype(type);
     return launch_backward<T, decltype(width)::value>(
         static_cast<const T*>(grad_out), static_cast<const T*>(qkv), bias,

@@ -8,7 +8,7 @@
 //
 // Bytes: q, k, v, dO of every cell once (twice the tiles of a side for large cells), tables of at
 // most kMaxPartBytes. Shared memory: stages * (4 * kRows * (D + 16 bytes) + 12 * kRows).
-// budget: bias_gradient_kernel<*> registers<=200
+// budget: bias_gradient_kernel<*> registers<=208
 // budget: sum_bias_parts registers<=24
 #pragma once
 

@@ -21,7 +21,10 @@ cudaError_t dispatch_width(int head_dim, const Run& run) {
 }
 
 template <class Run>
-cudaError_t dispatch(DType dtype, int head_dim, const Run& run) {
+cudaError_t dispatch(DType dtype, const WindowAttentionShape& shape, const Run& run) {
+  const int head_dim = shape.head_dim;
+  // What Tokens can count; a map of 1600 x 1600 tokens.
+  if (shape.tokens() * shape.columns.size >= int64_t{1} << 32) return cudaErrorInvalidValue;
   switch (dtype) {
     case DType::kFloat32:
       return dispatch_width<float>(head_dim, run);

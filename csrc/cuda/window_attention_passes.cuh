@@ -17,13 +17,13 @@
 #include "window_attention_pool.cuh"
 #include "window_attention_tiles.cuh"
 
-// budget: backward_kernel<16-bit, 32, *> registers<=168
-// budget: backward_kernel<16-bit, 64, *> registers<=216
+// budget: backward_kernel<16-bit, 32, *> registers<=144
+// budget: backward_kernel<16-bit, 64, *> registers<=192
 // budget: backward_kernel<16-bit, 80, *> registers<=200
-// budget: backward_kernel<16-bit, 128, *> registers<=255
+// budget: backward_kernel<16-bit, 128, *> registers<=248
 // budget: backward_kernel<float, 32, *> registers<=168
 // budget: backward_kernel<float, 64, *> registers<=216
-// budget: backward_kernel<float, 80, *> registers<=240
+// budget: backward_kernel<float, 80, *> registers<=255
 // budget: backward_kernel<float, 128, *> registers<=255
 namespace kernelpose::cuda {
 
@@ -348,8 +348,8 @@ __device__ __forceinline__ void keys_pass(const BackwardArguments<T>& args,
   }
 }
 
-// Blocks of 4 warps a multiprocessor that a launch can hope for, and gets registers for: three need
-// 228 KB of shared memory where rows and ring hold more than one tile.
+// Blocks of 4 warps a multiprocessor that a kernel gets registers for. Three with a ring need 228
+// KB of shared memory.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr int kRingBlocks = 2;
 #else
@@ -357,9 +357,16 @@ constexpr int kRingBlocks = 3;
 #endif
 
 template <class T, int D, Pass kPass>
-__global__ void __launch_bounds__(
-    Tile<T>::kThreads,
-    resident_blocks<T>(D > 64 ? 2 : (D <= 32 || kPass == Pass::kBoth ? 3 : kRingBlocks)))
+constexpr int backward_blocks() {
+  if (D <= 32) return 3;
+  if (kPass == Pass::kQueries) return D <= (sizeof(T) == 2 ? 80 : 64) ? 3 : 2;
+  if (kPass == Pass::kBoth) return D <= 64 ? 3 : 2;
+  return D <= 64 && sizeof(T) == 2 ? kRingBlocks : 2;
+}
+
+template <class T, int D, Pass kPass>
+__global__ void __launch_bounds__(Tile<T>::kThreads,
+                                  resident_blocks<T>(backward_blocks<T, D, kPass>()))
     backward_kernel(const BackwardArguments<T> args) {
   constexpr bool kPooled = kPass == Pass::kPooledKeys;
   KP_DYNAMIC_SHARED(unsigned char, memory);
