@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
 
     first = next(iter(models.values()))
     picture = (
-        _drawn_panels(figure, crop[0], center, scale, size)
+        _drawn_panels(figure, crop[0], center, scale, first)
         if figure is not None
         else _photograph_panels(first, image)
     )
@@ -153,13 +153,13 @@ def _compare(
 
 
 def _drawn_panels(
-    figure: Figure, crop: Tensor, center: Tensor, scale: Tensor, size: tuple[int, int]
+    figure: Figure, crop: Tensor, center: Tensor, scale: Tensor, model: Any
 ) -> Picture:
     """The figure's known joints as heatmaps and back: what a trained model would have to say."""
     truth = torch.tensor(figure.keypoints, dtype=torch.float64)
+    size, heatmap_size = model.image_size, model.heatmap_size
     matrix = warp_matrix(center, scale, size)[0]
     in_crop = (truth @ matrix[:, :2].T + matrix[:, 2])[None]
-    heatmap_size = (size[0] // 4, size[1] // 4)
     heatmaps, _ = encode_udp(
         in_crop, torch.ones(1, len(truth)), input_size=size, heatmap_size=heatmap_size
     )
