@@ -177,6 +177,8 @@ __global__ void __launch_bounds__(Tile<T>::kThreads, resident_blocks<T>(2))
           sums[row * Shared::kSumStride + 8 * j + 2 * (lane & 3) + (i & 1)] = sum[j][i];
         }
       }
+      // The sums are there, places and ring are free. The barriers of the next tile pair keep its
+      // sums, and the next turn of other threads at the table, behind this gathering.
       __syncthreads();
 
       // A query at cell column x meets the key `shift` places before it, in the order of the cell,
@@ -199,7 +201,6 @@ __global__ void __launch_bounds__(Tile<T>::kThreads, resident_blocks<T>(2))
         }
         part[problem.bias_centre + dy * bias_columns + dx] += total;
       }
-      __syncthreads();  // sums, places and the ring are free, and the table is written
     }
   }
 }

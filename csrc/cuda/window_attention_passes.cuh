@@ -383,7 +383,7 @@ __global__ void __launch_bounds__(Tile<T>::kThreads,
   if (kPass == Pass::kBoth || kPass == Pass::kQueries) {
     queries_pass(args, shared, work, tokens, bias);
   }
-  if (kPass == Pass::kBoth) __syncthreads();  // row tiles and their statistics turn columns
+  // What the keys' pass reads of other warps was there at the queries' pass's first barrier.
   if (kPass != Pass::kQueries) keys_pass(args, shared, work, tokens, bias);
 }
 
