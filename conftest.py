@@ -12,7 +12,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--threads", type=int, default=1, help="threads of the CPU benchmarks (default: 1)"
     )
     group.addoption(
-        "--results", default="benchmarks/results", help="folder of the JSON and the chart"
+        "--results",
+        default="benchmarks/results",
+        help="folder of the JSON and the chart; write --results=DIR (default: benchmarks/results)",
     )
     group.addoption(
         "--no-compile", action="store_true", help="leave torch.compile out of the contenders"

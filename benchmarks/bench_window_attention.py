@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.rows import Function, Row, rotate, time_backward, time_forward
+from benchmarks.timing import Times
 from kernelpose.backend import BACKENDS, choose, why_not
 from kernelpose.ops import window_attention
 from kernelpose.reference import window_attention as reference_module
@@ -187,14 +188,23 @@ def bench_interleaved_with_torch_ops(device: torch.device) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     qkv, x, w = torch.randn(1, 32, 24, 1152), torch.randn(768, 384), torch.randn(384, 1152)
-    samples = []
-    for _ in range(400):
-        torch.nn.functional.gelu(x @ w)
-        start = time.perf_counter()
-        window_attention(qkv, num_heads=12, window=(8, 8), shift=(4, 4), backend="cpu")
-        samples.append(time.perf_counter() - start)
+    samples: dict[str, list[float]] = {"window_attention": [], "torch's matmul": []}
+    for _ in range(1000):
+        for name, run in (
+            ("torch's matmul", lambda: x @ w),
+            ("window_attention", lambda: Case((32, 24), 384, 12, (8, 8), (4, 4)).ours("cpu")(qkv)),
+        ):
+            start = time.perf_counter()
+            run()
+            samples[name].append(time.perf_counter() - start)
     torch.set_num_threads(threads)
-    ordered = sorted(samples[20:])
-    median, p99 = ordered[len(ordered) // 2], ordered[int(len(ordered) * 0.99)]
-    print(f"interleaved, 2 threads: median {median * 1e3:.3f} ms, p99 {p99 * 1e3:.3f} ms")
-    assert p99 < 2 * median
+    spread = {}
+    for name, taken in samples.items():
+        times = Times(tuple(taken[20:]))
+        spread[name] = times.quantile(0.99) / times.median
+        print(
+            f"{name}, interleaved, 2 threads: median {times.median * 1e3:.3f} ms, "
+            f"p99 {spread[name]:.2f} times that"
+        )
+    # Where torch's own op is disturbed as well, the machine was busy and nothing is shown.
+    assert spread["window_attention"] < max(2, spread["torch's matmul"])

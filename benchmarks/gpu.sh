@@ -55,6 +55,6 @@ step build install
 step build-info $PYTHON -m kernelpose.info
 step test $PYTHON -m pytest tests --full -q --ignore=tests/emulator --ignore=tests/triton
 step sanitize sanitize
-step bench $PYTHON -m pytest --benchmark --results "$OUT" -q
+step bench $PYTHON -m pytest --benchmark --results="$OUT" -q
 echo "== $failed of the steps failed" | tee -a "$OUT/log.txt"
 exit "$failed"

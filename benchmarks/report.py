@@ -33,13 +33,13 @@ class Report:
         for dtype, limits in self._roof.items():
             gb, gflop = limits["bytes_per_second"] / 1e9, limits["flops_per_second"] / 1e9
             yield f"roof measured in this run, {dtype}: {gb:.1f} GB/s, {gflop:.0f} GFLOP/s"
-        header = f"{'case':34} {'':9} {'ours':>22} {'best other':>24} {'ratio':>6}  of the roof"
+        header = f"{'case':44} {'':8} {'ours':>31} {'best other':>25} {'ratio':>6}  of the roof"
         yield header
         for row in self.rows:
             ours, other = row.times[row.chosen].median, row.times[row.best_other].median
             yield (
-                f"{row.op + ' ' + row.case:34} {row.direction:9} "
-                f"{row.chosen:>10} {ours * 1e3:8.3f} ms {row.best_other:>12} {other * 1e3:8.3f} ms "
+                f"{row.case:44} {row.direction:8} "
+                f"{row.chosen:>19} {ours * 1e3:8.3f} ms {row.best_other:>12} {other * 1e3:8.3f} ms "
                 f"{row.ratio:5.2f}x  {self._of_the_roof(row)}"
             )
 
@@ -90,9 +90,7 @@ class Report:
             for row in rows
         ]
         axes.bar_label(bars, labels, padding=3, fontsize=7)
-        axes.set_yticks(
-            range(len(rows)), [f"{r.op} {r.case} {r.direction}" for r in rows], fontsize=7
-        )
+        axes.set_yticks(range(len(rows)), [f"{r.case} {r.direction}" for r in rows], fontsize=7)
         axes.axvline(1, color="black", linewidth=0.8)
         axes.set_xlim(0, max(row.ratio for row in rows) * 1.3)
         axes.set_xlabel("times faster than the best alternative in the same run (medians)")

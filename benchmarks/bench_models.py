@@ -1,0 +1,124 @@
+"""Whole models: a kernel that wins alone and loses here is not done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kernelpose
+from benchmarks.bench_window_attention import Case
+from benchmarks.rows import Function, Row, rotate, time_forward
+from tests.parity import assert_parity
+
+WINDOWED = {"patch_stride": 8, "attention": "window+shift"}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "vitpose-s": ("vitpose-s", {}),
+    "vitpose-b": ("vitpose-b", {}),
+    "vitpose-s 1/8 shifted windows": ("vitpose-s", WINDOWED),
+    "vitpose-b 1/8 shifted windows": ("vitpose-b", WINDOWED),
+}
+
+
+class _PeerAttention:
+    """Stands in for the op: what a careful user writes with SDPA, masks made once."""
+
+    def __init__(self) -> None:
+        self._made: dict[Any, Function] = {}
+
+    def __call__(
+        self,
+        qkv: Tensor,
+        *,
+        num_heads: int,
+        window: tuple[int, int] | None,
+        shift: tuple[int, int],
+        partition: str,
+        scale: float | None,
+        **_: Any,
+    ) -> Tensor:
+        size = (qkv.shape[1], qkv.shape[2])
+        case = Case(size, qkv.shape[3] // 3, num_heads, window, shift, partition)
+        if case not in self._made:
+            self._made[case] = case.peer(qkv.device, qkv.dtype)
+        return self._made[case](qkv)
+
+
+def _forms(model: nn.Module, compiles: bool) -> dict[str, Function]:
+    """The contenders. Each compiled form is a function of its own, with a cache of its own."""
+    peer = _PeerAttention()
+
+    def ours(images: Tensor) -> Tensor:
+        return model(images)
+
+    def eager(images: Tensor) -> Tensor:
+        with kernelpose.backend("eager"):
+            return model(images)
+
+    def sdpa(images: Tensor) -> Tensor:
+        return model(images)
+
+    def with_peer(function: Function) -> Function:
+        def run(images: Tensor) -> Tensor:
+            with mock.patch.object(kernelpose.ops, "window_attention", peer):
+                return function(images)
+
+        return run
+
+    forms: dict[str, Function] = {"kernelpose": ours, "eager": eager, "sdpa": with_peer(sdpa)}
+    if compiles:
+        torch._dynamo.reset()
+        forms["kernelpose compile"] = torch.compile(ours, dynamic=False)
+        forms["compile"] = torch.compile(eager, dynamic=False)
+        forms["compile sdpa"] = with_peer(torch.compile(sdpa, dynamic=False))
+    return forms
+
+
+def _parameters() -> list[Any]:
+    gpu = torch.cuda.is_available()
+    dtype = torch.bfloat16 if gpu else torch.float32
+    return [
+        pytest.param(name, options, batch, dtype, id=f"{title} batch {batch} {str(dtype)[6:]}")
+        for title, (name, options) in MODELS.items()
+        for batch in ((1, 64) if gpu else (1,))
+    ]
+
+
+@pytest.mark.parametrize(("name", "options", "batch", "dtype"), _parameters())
+def bench_model(
+    name: str,
+    options: dict[str, Any],
+    batch: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    compiles: bool,
+    record: Callable[[Row], None],
+    benchmark: Any,
+    request: pytest.FixtureRequest,
+) -> None:
+    torch.manual_seed(0)
+    model: Any = kernelpose.create_model(name, **options).to(device).eval()
+    images = torch.randn(1, 3, *model.image_size, device=device)
+    with torch.no_grad():
+        exact = model.double()(images.double())
+        model.to(dtype)
+        forms = _forms(model, compiles)
+        eager = forms["eager"](images.to(dtype))
+        for form in ("kernelpose", "kernelpose compile"):
+            if form in forms:
+                assert_parity(forms[form](images.to(dtype)), eager, exact, form)
+
+    def inputs() -> list[Tensor]:
+        return [torch.randn(batch, 3, *model.image_size, device=device, dtype=dtype)]
+
+    sets = rotate(inputs, device)
+    times = time_forward(forms, sets, device)
+    mine = tuple(form for form in forms if form.startswith("kernelpose"))
+    row = Row("model", request.node.callspec.id, "forward", str(dtype)[6:], times, mine, mine[-1])
+    record(row)
+    with torch.no_grad():
+        benchmark(forms[mine[-1]], sets[0][0])
