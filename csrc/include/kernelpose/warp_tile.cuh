@@ -303,7 +303,7 @@ __device__ __forceinline__ void store_rows(const float (&c)[D / 8][4], const flo
       }
     }
   }
-  __syncwarp();
+  // No barrier here: the next copy_rows into staging has each lane write the bytes it just read.
 }
 
 // Waits for the tile in whose stage the next copy will go, with one group committed a stage.
