@@ -68,6 +68,7 @@ inline Vector<T> broadcast(T x) {
   return x - Vector<T>{};  // x - 0 is x, signed zeros included
 }
 
+// The larger, and b where one is not a number.
 template <class V>
 inline V maximum(V a, V b) {
   return a > b ? a : b;
@@ -100,8 +101,10 @@ constexpr double kLn2 = 0.6931471805599453;
 // 2^x to 1 ULP for x <= 0 and a little above, never less than 2^-126: 2^n 2^r with n = round(x),
 // |r| <= 1/2, and the Chebyshev polynomial of degree 6 of 2^r, whose own error is 3e-9.
 inline FloatVector power_of_two(FloatVector x) {
-  x = x < broadcast(-126.0f) ? broadcast(-126.0f) : x;  // keeps NaN
-  const FloatVector shifter = broadcast(12582912.0f);   // 1.5 * 2^23: adding it rounds to integers
+  x = maximum(broadcast(-126.0f), x);  // in this order it keeps NaN
+  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits; 127 is the exponent's
+  // bias.
+  const FloatVector shifter = broadcast(12582912.0f + 127.0f);
   const FloatVector shifted = x + shifter;
   const FloatVector r = x - (shifted - shifter);
   FloatVector p = broadcast(1.546144472e-4f);
@@ -113,7 +116,7 @@ inline FloatVector power_of_two(FloatVector x) {
   p = p * r + 1.0f;
   IntVector exponent;
   std::memcpy(&exponent, &shifted, sizeof(exponent));
-  exponent = (exponent << 23) + (127 << 23);  // the low bits of `shifted` are n
+  exponent <<= 23;
   FloatVector power;
   std::memcpy(&power, &exponent, sizeof(power));
   return p * power;

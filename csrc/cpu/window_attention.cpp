@@ -150,23 +150,24 @@ bool forward(const Element* qkv, const Compute<Element>* bias, Element* out, Com
 
     for (int first = 0; first < sizes.tokens; first += kQueries) {
       const int queries = sizes.tokens - first < kQueries ? sizes.tokens - first : kQueries;
+      int64_t tokens[kQueries];
+      cell.list(first, queries, tokens);
       for (int i = 0; i < queries; ++i) {
-        gather_row(q.row(cell.token(first + i)), T(shape.scale * kLog2E), sizes,
+        gather_row(q.row(tokens[i]), T(shape.scale * kLog2E), sizes,
                    scratch.queries + i * sizes.dim_pad);
       }
       block_scores(shape, cell, sizes, first, queries, scratch.queries, scratch.key_panels,
                    head_bias, scratch.scores);
-      T sums[kQueries];
+      T largest[kQueries], sums[kQueries];
+      softmax_block(scratch.scores, queries, sizes, largest, sums);
       for (int i = 0; i < queries; ++i) {
-        T largest;
-        softmax_row(scratch.scores + i * sizes.keys_pad, sizes, &largest, &sums[i]);
-        head_lse[cell.token(first + i)] = T(kLn2) * (largest + logarithm2(sums[i]));
+        head_lse[tokens[i]] = T(kLn2) * (largest[i] + logarithm2(sums[i]));
       }
       matmul<T, false>(queries, sizes.dim_pad, sizes.keys, {scratch.scores, sizes.keys_pad, 1},
                        scratch.values, sizes.dim_pad, kPanel<T>, scratch.out, sizes.dim_pad);
       for (int i = 0; i < queries; ++i) {
         write_row(scratch.out + i * sizes.dim_pad, sizes.head_dim, T(1) / sums[i],
-                  result.row(cell.token(first + i)));
+                  result.row(tokens[i]));
       }
     }
   });
@@ -310,7 +311,9 @@ class Backward {
 
     for (int first = 0; first < sizes.tokens; first += kQueries) {
       const int queries = sizes.tokens - first < kQueries ? sizes.tokens - first : kQueries;
-      block_gradients(image, head, cell, sizes, first, queries, reversed, scratch);
+      int64_t tokens[kQueries];
+      cell.list(first, queries, tokens);
+      block_gradients(image, head, cell, sizes, first, queries, tokens, reversed, scratch);
       accumulate(sizes, queries, scratch.grad_scores, scratch.queries, scratch.grad_keys);
       accumulate(sizes, queries, scratch.weights, scratch.grad_out, scratch.grad_values);
       if (sizes.own_keys == 0) continue;
@@ -319,7 +322,7 @@ class Backward {
       const auto grad_q = qkv_view(tensors_.grad_qkv, shape_, image, head, 0);
       for (int i = 0; i < queries; ++i) {
         write_row(scratch.grad_queries + i * sizes.dim_pad, sizes.head_dim, T(shape_.scale),
-                  grad_q.row(cell.token(first + i)));
+                  grad_q.row(tokens[i]));
         if (!partial) continue;
         each_bias_run(shape_, cell, first + i, scratch.grad_scores + i * sizes.keys_pad,
                       [&](const T* run, int64_t from, int count) {
@@ -332,14 +335,14 @@ class Backward {
 
   // Loads a block of queries; leaves its softmax weights and the gradient of its scores.
   void block_gradients(int64_t image, int head, const CellTokens& cell, const CellSizes<T>& sizes,
-                       int first, int queries, const T* reversed,
+                       int first, int queries, const int64_t* tokens, const T* reversed,
                        const BackwardScratch<T>& scratch) const {
     const auto q = qkv_view(tensors_.qkv, shape_, image, head, 0);
     const auto grad_out = map_view(tensors_.grad_out, shape_, image, head);
     const auto out = map_view(tensors_.out, shape_, image, head);
     const T* lse = tensors_.lse + (image * shape_.heads + head) * shape_.tokens();
     for (int i = 0; i < queries; ++i) {
-      const int64_t token = cell.token(first + i);
+      const int64_t token = tokens[i];
       gather_row(q.row(token), T(shape_.scale * kLog2E), sizes,
                  scratch.queries + i * sizes.dim_pad);
       gather_row(grad_out.row(token), T(1), sizes, scratch.grad_out + i * sizes.dim_pad);
@@ -352,7 +355,7 @@ class Backward {
     for (int i = 0; i < queries; ++i) {
       T* weights = scratch.weights + i * sizes.keys_pad;
       T* grads = scratch.grad_scores + i * sizes.keys_pad;
-      const int64_t token = cell.token(first + i);
+      const int64_t token = tokens[i];
       for (int64_t j = sizes.keys; j < sizes.keys_pad; ++j) weights[j] = -__builtin_inf();
       const T row_lse = lse[token] * T(kLog2E);
       Vector<T> products = {};

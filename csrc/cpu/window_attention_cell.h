@@ -17,7 +17,17 @@ struct CellTokens {
     return (rows.first + int64_t{y} * rows.step) * width + columns.first +
            int64_t{x} * columns.step;
   }
-  int64_t token(int index) const { return token(index / columns.count, index % columns.count); }
+  // Tokens first .. first + count - 1 of the cell.
+  void list(int first, int count, int64_t* tokens) const {
+    int y = first / columns.count, x = first % columns.count;
+    for (int i = 0; i < count; ++i) {
+      tokens[i] = token(y, x);
+      if (++x == columns.count) {
+        x = 0;
+        ++y;
+      }
+    }
+  }
   template <class Visit>
   void each(Visit visit) const {
     int index = 0;
@@ -209,22 +219,48 @@ void block_scores(const WindowAttentionShape& shape, const CellTokens& cell,
   }
 }
 
-// 2^(score - largest), in place, for one row of scores in base 2; returns the largest and the sum.
-template <class T>
-void softmax_row(T* row, const CellSizes<T>& sizes, T* largest, T* sum) {
-  for (int64_t j = sizes.keys; j < sizes.keys_pad; ++j) row[j] = -__builtin_inf();
-  Vector<T> most = load(row);
+// 2^(score - largest), in place, for kRows rows of scores in base 2; returns the largest and the
+// sum of each. Rows go together because each alone is a chain of dependent steps.
+template <class T, int kRows>
+void softmax_rows(T* rows, const CellSizes<T>& sizes, T* largest, T* sums) {
+  for (int r = 0; r < kRows; ++r) {
+    T* row = rows + r * sizes.keys_pad;
+    for (int64_t j = sizes.keys; j < sizes.keys_pad; ++j) row[j] = -__builtin_inf();
+  }
+  Vector<T> most[kRows], total[kRows];
+  for (int r = 0; r < kRows; ++r) most[r] = load(rows + r * sizes.keys_pad);
   for (int64_t j = kWidth<T>; j < sizes.keys_pad; j += kWidth<T>) {
-    most = maximum(most, load(row + j));
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      most[r] = maximum(most[r], load(rows + r * sizes.keys_pad + j));
+    }
   }
-  *largest = reduce_maximum<T>(most);
-  Vector<T> total = {};
+  for (int r = 0; r < kRows; ++r) {
+    largest[r] = reduce_maximum<T>(most[r]);
+    most[r] = broadcast(largest[r]);
+    total[r] = Vector<T>{};
+  }
   for (int64_t j = 0; j < sizes.keys_pad; j += kWidth<T>) {
-    const Vector<T> e = power_of_two(load(row + j) - *largest);
-    store(row + j, e);
-    total += e;
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      T* at = rows + r * sizes.keys_pad + j;
+      const Vector<T> e = power_of_two(load(at) - most[r]);
+      store(at, e);
+      total[r] += e;
+    }
   }
-  *sum = reduce_sum<T>(total);
+  for (int r = 0; r < kRows; ++r) sums[r] = reduce_sum<T>(total[r]);
+}
+
+template <class T>
+void softmax_block(T* scores, int queries, const CellSizes<T>& sizes, T* largest, T* sums) {
+  int i = 0;
+  for (; i + 4 <= queries; i += 4) {
+    softmax_rows<T, 4>(scores + i * sizes.keys_pad, sizes, largest + i, sums + i);
+  }
+  for (; i < queries; ++i) {
+    softmax_rows<T, 1>(scores + i * sizes.keys_pad, sizes, largest + i, sums + i);
+  }
 }
 
 }  // namespace kernelpose::cpu::KP_ISA
