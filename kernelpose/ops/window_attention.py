@@ -260,7 +260,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     qkv, bias_table, out, lse = ctx.saved_tensors
-    grad_qkv, grad_bias = _op_backward(grad_out, qkv, bias_table, out, lse, *ctx.options)
+    tensors = (grad_out, qkv, bias_table, out, lse)
+    run = _run_backward if is_plain(*tensors) else _op_backward
+    grad_qkv, grad_bias = run(*tensors, *ctx.options)
     return grad_qkv, None if bias_table is None else grad_bias, *(None for _ in ctx.options)
 
 
