@@ -391,27 +391,32 @@ def backward(
             STEP=tile.step,
             **_options(tile, head_dim),
         )
-        grad_bias = torch.empty_like(bias_table)
-        _window_attention_bias_reduce_kernel[(grad_bias.numel(),)](
+        grad_bias = lse.new_empty(bias.shape[1], num_heads)
+        blocks = triton.cdiv(grad_bias.shape[0], BIAS_REDUCE.block)
+        _window_attention_bias_reduce_kernel[(blocks * num_heads,)](
             *(partial.sum(0), grad_bias),
             *geometry.map[:4],
             num_heads,
             GRID=geometry.grid,
             BLOCK=BIAS_REDUCE.block,
-            num_warps=BIAS_REDUCE.warps,
-            enable_fp_fusion=True,
+            STEP=BIAS_REDUCE.step,
+            **launch_options(BIAS_REDUCE),
         )
     return grad_qkv, grad_bias
 
 
-def _options(tile: Tile, head_dim: int) -> dict[str, int | bool]:
+def launch_options(tile: Tile) -> dict[str, int | bool]:
+    """What Triton compiles a kernel with."""
     return {
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": block_d(head_dim),
         "num_warps": tile.warps,
         "num_stages": tile.stages,
+        "maxnreg": tile.registers,
         "enable_fp_fusion": True,
     }
+
+
+def _options(tile: Tile, head_dim: int) -> dict[str, int | bool]:
+    return {"HEAD_DIM": head_dim, "BLOCK_D": block_d(head_dim), **launch_options(tile)}
 
 
 def _pool(qkv: Tensor, num_heads: int, geometry: Geometry) -> Tensor:
@@ -429,7 +434,6 @@ def _pool(qkv: Tensor, num_heads: int, geometry: Geometry) -> Tensor:
         GRID=geometry.grid,
         BLOCK=POOL.block,
         BLOCK_C=POOL.step,
-        num_warps=POOL.warps,
-        enable_fp_fusion=True,
+        **launch_options(POOL),
     )
     return pooled

@@ -364,21 +364,24 @@ def _window_attention_bias_reduce_kernel(
     heads,
     GRID: tl.constexpr,
     BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
 ):
-    """One program: one entry of the table, the sum over the pairs that are that far apart."""
-    entry = tl.program_id(0) // heads
+    """One program: BLOCK entries of one head, each the sum over the pairs so far apart."""
     head = tl.program_id(0) % heads
+    entries = tl.program_id(0) // heads * BLOCK + tl.arange(0, BLOCK)
     extent_h = axis_extent(height, window_h, GRID)
     extent_w = axis_extent(width, window_w, GRID)
     extent = extent_h * extent_w
-    away_y = entry // (2 * extent_w - 1) - (extent_h - 1)
-    away_x = entry % (2 * extent_w - 1) - (extent_w - 1)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, extent, BLOCK):
-        queries = start + tl.arange(0, BLOCK)
-        y = queries // extent_w - away_y
-        x = queries % extent_w - away_x
-        valid = (queries < extent) & (y >= 0) & (y < extent_h) & (x >= 0) & (x < extent_w)
+    inside = entries < (2 * extent_h - 1) * (2 * extent_w - 1)
+    away_y = entries // (2 * extent_w - 1) - (extent_h - 1)
+    away_x = entries % (2 * extent_w - 1) - (extent_w - 1)
+    total = tl.zeros((BLOCK, STEP), tl.float32)
+    for start in range(0, extent, STEP):
+        queries = start + tl.arange(0, STEP)
+        y = (queries // extent_w)[None, :] - away_y[:, None]
+        x = (queries % extent_w)[None, :] - away_x[:, None]
+        valid = inside[:, None] & (queries < extent)[None, :]
+        valid = valid & (y >= 0) & (y < extent_h) & (x >= 0) & (x < extent_w)
         rows = (head * extent + queries).to(tl.int64) * extent
-        total += tl.load(pairs + rows + y * extent_w + x, mask=valid, other=0.0)
-    tl.store(grad_bias + tl.program_id(0), tl.sum(total, 0))
+        total += tl.load(pairs + rows[None, :] + (y * extent_w + x), mask=valid, other=0.0)
+    tl.store(grad_bias + entries * heads + head, tl.sum(total, 1), mask=inside)

@@ -23,7 +23,7 @@ FLOATS = {"bias", "lse", "delta", "grad_pooled", "partial", "pairs", "grad_bias"
 
 
 def compile_variant(
-    name: str, dtype: str, arch: int, constants: dict[str, Any], warps: int, stages: int
+    name: str, dtype: str, arch: int, constants: dict[str, Any], options: dict[str, Any]
 ) -> dict[str, int]:
     """Registers a thread, bytes of stack and local memory a thread, shared bytes a block."""
     module = window_attention if hasattr(window_attention, name) else window_attention_backward
@@ -42,7 +42,7 @@ def compile_variant(
     compiled = triton.compile(
         ASTSource(kernel, signature, constexprs, attributes),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True},
+        options=options,
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
