@@ -1,6 +1,6 @@
 """One forward and backward of every op's example on the GPU, for compute-sanitizer to watch.
 
-    compute-sanitizer --tool memcheck --error-exitcode 1 python -m tests.sanitize
+`compute-sanitizer --tool memcheck --error-exitcode 1 python -m tests.sanitize`
 """
 
 from __future__ import annotations
