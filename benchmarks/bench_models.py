@@ -82,7 +82,7 @@ def _parameters() -> list[Any]:
     gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if gpu else torch.float32
     return [
-        pytest.param(name, options, batch, dtype, id=f"{title} batch {batch} {str(dtype)[6:]}")
+        pytest.param(name, options, batch, dtype, id=f"{title} b{batch} {str(dtype)[6:]}")
         for title, (name, options) in MODELS.items()
         for batch in ((1, 64) if gpu else (1,))
     ]

@@ -8,6 +8,7 @@
 #   OUT     folder for the log and the JSON (default: gpu-results)
 #   WHEELS  folder of wheels to install first, for what the machine lacks (pycocotools)
 #   STEPS   of: build test sanitize bench (default: all)
+#   BENCH   further arguments for the benchmarks, such as "-k batch" or "--no-compile"
 set -u -o pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-gpu-results}
@@ -53,8 +54,11 @@ sanitize() {
 
 step build install
 step build-info $PYTHON -m kernelpose.info
-step test $PYTHON -m pytest tests --full -q --ignore=tests/emulator --ignore=tests/triton
+# Not what needs no GPU: the emulator, the interpreter, a build that fetches its tools.
+step test $PYTHON -m pytest tests --full -q -p no:cacheprovider \
+  --ignore=tests/emulator --ignore=tests/triton --ignore=tests/test_install.py
 step sanitize sanitize
-step bench $PYTHON -m pytest --benchmark --results="$OUT" -q
+# shellcheck disable=SC2086 # BENCH is words
+step bench $PYTHON -m pytest --benchmark --results="$OUT" -q ${BENCH:-}
 echo "== $failed of the steps failed" | tee -a "$OUT/log.txt"
 exit "$failed"

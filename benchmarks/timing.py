@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 SAMPLE_SECONDS = 2e-3  # a sample repeats a quick function until it takes about so long
-SECONDS = 1.5  # spent on each contender
+SECONDS = {"cpu": 0.8, "cuda": 0.3}  # spent on each contender
 MIN_SAMPLES, MAX_SAMPLES = 15, 400
 
 
@@ -44,7 +44,9 @@ def interleaved(
     samplers = {name: sample_of(calls) for name, calls in functions.items()}
     first = {name: sampler() for name, sampler in samplers.items()}
     slowest = max(first.values())
-    count = int(min(MAX_SAMPLES, max(MIN_SAMPLES, SECONDS / max(slowest, SAMPLE_SECONDS))))
+    count = int(
+        min(MAX_SAMPLES, max(MIN_SAMPLES, SECONDS[device.type] / max(slowest, SAMPLE_SECONDS)))
+    )
     samples: dict[str, list[float]] = {name: [] for name in functions}
     order, shuffle = list(samplers), random.Random(0).shuffle
     for _ in range(count):
