@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 IMAGE ?=
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
+CXX_FILES := $(shell find csrc tests/emulator -path '*/.build' -prune -o -name '*.h' -print \
+  -o -name '*.cuh' -print -o -name '*.cpp' -print -o -name '*.cu' -print)
 SOURCES := $(shell find csrc -type f) setup.py CMakeLists.txt pyproject.toml
 
 .PHONY: help setup demo test test-full bench gpu lint format clean
@@ -48,12 +50,12 @@ lint: $(BIN)/requirements.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'tests/emulator/*' | grep -E '\.(h|cuh|cpp|cu)$$')
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: $(BIN)/requirements.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*' 'tests/emulator/*' | grep -E '\.(h|cuh|cpp|cu)$$')
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:
 	rm -rf build dist demo kernelpose/*.so kernelpose.egg-info tests/emulator/.build $(BIN)/build.stamp

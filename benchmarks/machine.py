@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def describe(device: torch.device) -> dict[str, Any]:
     """Device, driver, versions and commit, as JSON types."""
     told = info.collect()
+    if told["core"] is not None:  # the runtime's name, not where this machine keeps it
+        told["core"]["cpu_threads_by"] = told["core"]["cpu_threads_by"].rsplit("/", 1)[-1]
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ class Report:
 
     def __init__(self, device: torch.device, folder: Path) -> None:
         self.rows: list[Row] = []
+        self.notes: dict[str, Any] = {}
         self._machine = describe(device)
         self._folder = folder
         dtypes = (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,)
@@ -42,6 +44,9 @@ class Report:
                 f"{row.chosen:>19} {ours * 1e3:8.3f} ms {row.best_other:>12} {other * 1e3:8.3f} ms "
                 f"{row.ratio:5.2f}x  {self._of_the_roof(row)}"
             )
+
+        for title, note in self.notes.items():
+            yield f"{title}: {note}"
 
     def _of_the_roof(self, row: Row) -> str:
         limits, parts = self._roof.get(row.dtype), []
@@ -67,6 +72,7 @@ class Report:
             "date": today,
             "machine": self._machine,
             "roof": self._roof,
+            "notes": self.notes,
             "rows": [row.as_json() for row in self.rows],
         }
         partial = path.with_suffix(".partial")

@@ -25,6 +25,17 @@ DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.floa
 HAS_CUDA = core is not None and bool(core.cuda_archs)
 
 
+def runs_on(capability: tuple[int, int]) -> bool:
+    """Whether the core holds code for a GPU: of its own generation, or PTX of one no newer."""
+    assert core is not None
+    for arch in core.cuda_archs.split(","):
+        number, _, kind = arch.partition("-")
+        built = divmod(int(number.rstrip("af")), 10)
+        if built <= capability and (kind != "real" or built[0] == capability[0]):
+            return True
+    return False
+
+
 def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 

@@ -37,7 +37,7 @@ class OpSpec:
 
     dtypes: for each backend it has, the dtypes that it computes.
     directions: "fwd+bwd", or "fwd" for an op without gradient.
-    automatic: for a device type, the backends to try in this order before eager.
+    automatic: main tensor -> the backends to try in this order before eager, as measured.
     objection: (backend, *inputs, **options) -> why this backend cannot run these inputs, or None;
         asked only after device, dtype and installation have passed.
     example: (device, dtype) -> the inputs and options of a typical call.
@@ -46,7 +46,7 @@ class OpSpec:
     name: str
     dtypes: Mapping[str, tuple[torch.dtype, ...]]
     directions: Literal["fwd", "fwd+bwd"]
-    automatic: Mapping[str, tuple[str, ...]]
+    automatic: Callable[[Tensor], tuple[str, ...]]
     objection: Callable[..., str | None]
     example: Callable[[torch.device, torch.dtype], tuple[tuple[Any, ...], dict[str, Any]]]
 
@@ -75,15 +75,17 @@ if os.environ.get("KERNELPOSE_BACKEND"):
 class backend:
     """Context manager: within it every op runs on the named backend, or raises.
 
-    The choice holds for the process, not only for this thread, and for compiled code too.
+    The choice holds for the whole process, compiled code included, so threads must not overlap two
+    choices.
     """
 
     def __init__(self, name: str) -> None:
         self._name = _known(name, "backend")
+        self._outer: list[str | None] = []
 
     def __enter__(self) -> None:
         global _chosen
-        self._outer = _chosen
+        self._outer.append(_chosen)
         _chosen = self._name
 
     def __exit__(
@@ -93,7 +95,7 @@ class backend:
         trace: TracebackType | None,
     ) -> Literal[False]:
         global _chosen
-        _chosen = self._outer
+        _chosen = self._outer.pop()
         return False
 
 
@@ -102,10 +104,11 @@ def _unavailable(name: str, tensor: Tensor) -> str | None:
     device = tensor.device.type
     if name in ("torch", "eager"):
         return None
-    if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(
-        tensor
+    if not torch.compiler.is_compiling() and (
+        torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        or torch.autograd.forward_ad._current_level >= 0
     ):
-        return "torch.func transforms need plain PyTorch"
+        return "torch.func transforms and forward-mode derivatives need plain PyTorch"
     if name == "triton":
         if not HAS_TRITON:
             return "Triton is not installed"
@@ -116,8 +119,14 @@ def _unavailable(name: str, tensor: Tensor) -> str | None:
         return f"it runs on {name.upper()} tensors, and this one is on {device}"
     if _native.core is None:
         return "the native core could not be imported (python -m kernelpose.info shows why)"
-    if name == "cuda" and not _native.HAS_CUDA:
-        return "the native core was built without CUDA"
+    if name == "cuda":
+        if not _native.HAS_CUDA:
+            return "the native core was built without CUDA"
+        capability = torch.cuda.get_device_capability(tensor.device)
+        if not _native.runs_on(capability):
+            built = _native.core.cuda_archs
+            gpu = f"sm_{capability[0]}{capability[1]}"
+            return f"the native core has code for {built}, and this GPU is {gpu}"
     return None
 
 
@@ -151,7 +160,7 @@ def choose(op: str, requested: str | None, *inputs: Any, **options: Any) -> str:
             raise BackendError(f"backend {asked!r} cannot run {op}: {reason}.")
         return asked
     tensor = inputs[0] if isinstance(inputs[0], Tensor) else inputs[0][0]
-    for name in OPS[op].automatic.get(tensor.device.type, ()):
+    for name in OPS[op].automatic(tensor):
         if why_not(op, name, *inputs, **options) is None:
             return name
     return "eager"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import pytest
@@ -28,7 +29,10 @@ def test_every_op_answers_for_every_backend() -> None:
 
 def test_automatic_choice_takes_the_first_without_objection() -> None:
     assert choose("window_attention", None, QKV, **WINDOWED) == "cpu"
-    assert choose("window_attention", None, QKV, num_heads=2) == "torch"
+    assert choose("window_attention", None, QKV, num_heads=2) == "cpu"
+    half = torch.zeros(1, 8, 8, 24, dtype=torch.bfloat16)
+    assert choose("window_attention", None, half, num_heads=2) == "torch"
+    assert choose("window_attention", None, half.requires_grad_(), num_heads=2) == "cpu"
     assert choose("window_attention", None, QKV.to("meta"), **WINDOWED) == "eager"
     wide = torch.zeros(1, 8, 8, 3 * 256)
     assert choose("window_attention", None, wide, num_heads=1, window=(4, 4)) == "eager"
@@ -46,7 +50,7 @@ def test_order_of_choice() -> None:
     assert choose("window_attention", None, QKV, **WINDOWED) == "cpu"
 
 
-@pytest.mark.parametrize("value", ["eager", "cpu"])
+@pytest.mark.parametrize("value", ["eager", "torch"])
 def test_environment_variable(value: str, run_python: Any) -> None:
     script = """
 import torch, kernelpose
@@ -54,6 +58,32 @@ from kernelpose.backend import choose
 print(choose("window_attention", None, torch.zeros(1, 8, 8, 24), num_heads=2))
 """
     assert run_python(script, KERNELPOSE_BACKEND=value).strip() == value
+
+
+def test_a_context_can_be_entered_again() -> None:
+    eager = kernelpose.backend("eager")
+    with eager, eager:
+        pass
+    assert choose("window_attention", None, QKV, **WINDOWED) == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "runs"),
+    [
+        ("80-real,90-real,90-virtual", (8, 6), True),
+        ("80-real,90-real,90-virtual", (12, 0), True),
+        ("80-real,90-real,90-virtual", (7, 5), False),
+        ("90-real", (8, 0), False),
+        ("90-real", (10, 0), False),
+        ("90", (10, 0), True),
+        ("86-real", (8, 0), False),
+    ],
+)
+def test_gpu_that_the_core_has_code_for(
+    archs: str, capability: tuple[int, int], runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_native, "core", types.SimpleNamespace(cuda_archs=archs))
+    assert _native.runs_on(capability) is runs
 
 
 def test_environment_variable_that_names_no_backend(run_python: Any) -> None:

@@ -75,7 +75,11 @@ def is_plain(*tensors: Tensor | None) -> bool:
     True where nobody watches: no gradient is wanted, nothing traces, and every tensor is an
     ordinary one. At batch 1 the 10 to 20 microseconds of the dispatcher count.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+    ):
         return False
     grad = torch.is_grad_enabled()
     return all(

@@ -283,6 +283,42 @@ def test_function_transforms() -> None:
     torch.testing.assert_close(transformed, leaf.grad)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_jit_trace_keeps_the_op() -> None:
+    qkv = torch.randn(1, 4, 4, 24)
+
+    def run(x: Tensor) -> Tensor:
+        return window_attention(x, num_heads=2, window=(2, 2), backend="cpu")
+
+    with torch.no_grad():
+        traced = torch.jit.trace(run, (qkv,))
+    other = torch.randn(1, 4, 4, 24)
+    assert torch.equal(traced(other), run(other))
+
+
+def test_second_derivative_is_refused_and_eager_has_it() -> None:
+    qkv = torch.randn(1, 4, 4, 24, requires_grad=True)
+    for backend in ("cpu", "eager"):
+        out = window_attention(qkv, num_heads=2, window=(2, 2), backend=backend)
+        (first,) = torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
+        if backend == "cpu":
+            with pytest.raises(RuntimeError, match="no second derivative on this backend"):
+                torch.autograd.grad(first.square().sum(), qkv)
+        else:
+            assert torch.autograd.grad(first.square().sum(), qkv)[0].abs().max() > 0
+
+
+def test_forward_mode_derivative() -> None:
+    qkv, direction = torch.randn(2, 1, 4, 4, 24, dtype=torch.float64).unbind()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(qkv, direction)
+        out = window_attention(dual, num_heads=2, window=(2, 2))
+        tangent = torch.autograd.forward_ad.unpack_dual(out).tangent
+    step = 1e-6 * direction
+    ahead, behind = (window_attention(qkv + s, num_heads=2, window=(2, 2)) for s in (step, -step))
+    torch.testing.assert_close(tangent, (ahead - behind) / 2e-6, rtol=1e-5, atol=1e-8)
+
+
 @pytest.mark.parametrize("name", ["odd", "full"])
 def test_non_contiguous_input_and_gradient(name: str) -> None:
     case = CASES[name]
@@ -337,6 +373,10 @@ def test_large_scores_and_nan() -> None:
     [
         ({"num_heads": 5}, ValueError, "num_heads is 5; expected a divisor"),
         ({"window": (0, 4)}, ValueError, r"window is \(0, 4\)"),
+        ({"window": 4}, ValueError, "window is 4; expected"),
+        ({"window": (4.0, 4.0)}, ValueError, r"window is \(4\.0, 4\.0\)"),
+        ({"window": (4, 4), "shift": 2}, ValueError, "shift is 2; expected"),
+        ({"scale": "a"}, TypeError, "scale is 'a'; expected a number"),
         ({"window": (4, 4), "shift": (4, 0)}, ValueError, r"shift is \(4, 0\)"),
         ({"shift": (1, 8)}, ValueError, "window is"),
         ({"partition": "strips"}, ValueError, "partition is 'strips'"),
@@ -440,7 +480,8 @@ class TestModule:
         module = WindowAttention(
             32, 2, window=(2, 4), partition=partition, relative_position=True, map_size=(8, 8)
         )
-        module(torch.randn(1, 8, 8, 32))
+        out = module(torch.randn(1, 8, 8, 32))
+        assert out.shape == (1, 8, 8, 32) and out.isfinite().all()
 
     def test_errors(self) -> None:
         with pytest.raises(ValueError, match="num_heads is 5"):
