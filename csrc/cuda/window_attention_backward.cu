@@ -105,7 +105,7 @@ cudaError_t window_attention_backward(const void* grad_out, const void* qkv, con
   if (shape.batch == 0) {  // the gradient of a sum over nothing
     if (grad_bias == nullptr) return cudaSuccess;
     const int64_t entries = int64_t{1} * shape.bias_rows() * shape.bias_columns() * shape.heads;
-    return cudaMemsetAsync(grad_bias, 0, entries * sizeof(float), stream);
+    return returned(cudaMemsetAsync(grad_bias, 0, entries * sizeof(float), stream));
   }
   return dispatch(dtype, shape, [&](auto type, auto width) {
     using T = decltype(type);

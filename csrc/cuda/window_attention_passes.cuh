@@ -62,8 +62,12 @@ struct BackwardShared {
     return (kPass == Pass::kBoth ? 3 : 2) * kTile * sizeof(T) + kColumns +
            2 * bias_entries * sizeof(float);
   }
-  // A cell of one tile has a small table: at most 4 h w entries for h w tokens.
-  static_assert(fixed(kPass == Pass::kBoth ? 4 * kRows : kSharedBias) + kStage <= kSharedLimit);
+  // A cell of one tile has a small table, at most 4 h w entries for h w tokens, unless the window
+  // is larger than the map.
+  static constexpr bool fits(int bias_entries) {
+    return fixed(bias_entries) + kStage <= kSharedLimit;
+  }
+  static_assert(fits(kPass == Pass::kBoth ? 4 * kRows : kSharedBias));
 
   __device__ __forceinline__ BackwardShared(unsigned char* shared, int stages)
       : rows(reinterpret_cast<T*>(shared)),
@@ -394,6 +398,7 @@ cudaError_t launch_pass(BackwardArguments<T> args, cudaStream_t stream) {
   constexpr bool kPooled = kPass == Pass::kPooledKeys;
   const int cell = largest_cell(shape), pools = args.problem.pools;
   const int columns = kPooled ? args.problem.tokens : kPass == Pass::kQueries ? cell + pools : cell;
+  if (!Shared::fits(args.bias_entries)) args.bias_entries = 0;  // read in place
   const int fixed = Shared::fixed(args.bias_entries);
   args.grid = make_grid<T>(shape, kPooled ? 1 : shape.cells(), kPooled ? pools : cell, columns,
                            Shared::kStage, fixed);

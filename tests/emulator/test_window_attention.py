@@ -160,20 +160,23 @@ def same(left: list[object], right: list[object]) -> bool:
     )
 
 
-def run_deterministic(module: Path, call: Call, seeds: range) -> list[Tensor]:
+def run_deterministic(module: Path, call: Call, seeds: range, **settings: object) -> list[Tensor]:
     """What the call leaves in its arguments: the same with every seed."""
-    first, *others = (result.args for result in run(module, with_seeds(call, seeds)))
+    results = run(module, with_seeds(call, seeds, **settings))
+    first, *others = (result.args for result in results)
     assert all(same(first, other) for other in others)
     return first
 
 
-def check(module: Path, case: Case, seeds: range = range(2)) -> None:
+def check(module: Path, case: Case, seeds: range = range(2), **settings: object) -> None:
     forward_workspace, backward_workspace = workspaces(module, case)
     forward = forward_call(case, forward_workspace)
-    qkv, _, out, lse, *_ = run_deterministic(module, forward, seeds)
+    qkv, _, out, lse, *_ = run_deterministic(module, forward, seeds, **settings)
     assert torch.equal(qkv, case.tensors[0])
     backward = backward_call(case, backward_workspace, out, lse)
-    *inputs, grad_qkv, grad_bias, _, _, _, _ = run_deterministic(module, backward, seeds)
+    *inputs, grad_qkv, grad_bias, _, _, _, _ = run_deterministic(
+        module, backward, seeds, **settings
+    )
     assert same(inputs, backward.args[:5])
 
     got = [out, grad_qkv, grad_bias] if case.bias else [out, grad_qkv]
@@ -185,6 +188,12 @@ def check(module: Path, case: Case, seeds: range = range(2)) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_parity(case: Case, module: Path) -> None:
     check(module, case)
+
+
+def test_shared_memory_of_the_smallest_gpu(module: Path) -> None:
+    """The bias table of a window much larger than the map: sm_86 has 99 KiB a block."""
+    case = Case((8, 8), 128, window=(21, 21), bias=True)
+    check(module, case, range(2), shared_limit=99 << 10)
 
 
 @pytest.mark.full

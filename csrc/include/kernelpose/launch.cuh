@@ -6,6 +6,17 @@
 #include <cstddef>
 #include <utility>
 
+namespace kernelpose {
+
+// An error of the runtime that the caller returns: forgotten here, or the next call of the thread
+// that asks for the last error would find it.
+inline cudaError_t returned(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
+}
+
+}  // namespace kernelpose
+
 #ifdef KERNELPOSE_EMULATOR
 #include "emulator_launch.h"
 #else
@@ -23,15 +34,14 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_by
   if (shared_bytes > 48 * 1024) {  // an attribute of the device: set anew, which costs little
     const cudaError_t error = cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return error;
+    if (error != cudaSuccess) return returned(error);
   }
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, std::forward<A>(args)...);
-  return error != cudaSuccess ? error : cudaPeekAtLastError();
+  return returned(cudaLaunchKernelEx(&config, kernel, std::forward<A>(args)...));
 }
 
 }  // namespace kernelpose

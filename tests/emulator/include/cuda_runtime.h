@@ -93,9 +93,8 @@ inline const char* cudaGetErrorName(cudaError_t error) {
   return "unrecognized error code";
 }
 inline const char* cudaGetErrorString(cudaError_t error) { return cudaGetErrorName(error); }
-// A refused launch is what kernelpose::launch returns, so there is never one left over.
+// What refuses returns its error, so there is never one left over.
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int device) {
