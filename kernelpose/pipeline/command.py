@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 import kernelpose
+from kernelpose.checkpoints import infer_config
+from kernelpose.checkpoints.files import read_state_dict
+from kernelpose.checkpoints.plus import DATASETS
 from kernelpose.codecs import DECODE_MODES
 from kernelpose.data.coco import (
     PERSON_CATEGORY,
@@ -26,10 +29,14 @@ from kernelpose.data.coco import (
 )
 from kernelpose.data.files import make_directory
 from kernelpose.data.images import read_image, read_size, write_png
+from kernelpose.data.skeletons import COCO
 from kernelpose.errors import UserError
+from kernelpose.models import ViTPose
+from kernelpose.models.vitpose import SIZES
 from kernelpose.pipeline.overlay import Person, draw_poses
 from kernelpose.pipeline.predictor import Poses, Predictor
 
+DEFAULT_MODEL = "vitpose-b"
 RESULTS = "keypoints.json"
 # Detectors list dozens of boxes that are hardly anybody: COCO's evaluation wants them all in the
 # results, a picture does not.
@@ -46,7 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="persons as COCO detections, [{image_id or file_name, bbox: [x, y, w, h], score}]; "
         "an image_id is matched to a numeric file name; the whole image where there is none",
     )
-    add_model_argument(parser)
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help=f"one of {', '.join(kernelpose.list_models())} (default: what the checkpoint holds, "
+        f"{DEFAULT_MODEL} without one)",
+    )
     parser.add_argument(
         "--checkpoint", metavar="FILE", type=Path, help="weights, in any layout; random without"
     )
@@ -63,11 +75,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
-    """`--model`, the same in every command that runs one."""
+    """`--model` of a command that runs one with random weights."""
     parser.add_argument(
         "--model",
         metavar="NAME",
-        default="vitpose-b",
+        default=DEFAULT_MODEL,
         help=f"one of {', '.join(kernelpose.list_models())} (default: %(default)s)",
     )
 
@@ -87,6 +99,10 @@ def run(args: argparse.Namespace) -> int:
     """Predict, write the results, and say where they are."""
     detections = None if args.boxes is None else read_detections(args.boxes)
     tasks = _tasks(args.images, detections)
+    _refuse_to_overwrite(
+        [path for path in (*args.images, args.boxes, args.checkpoint) if path is not None],
+        [args.out / name for name in (RESULTS, *(task.overlay for task in tasks))],
+    )
     model = load_model(args.model, args.checkpoint)
     predictor = Predictor(model, flip_test=args.flip_test, decode=args.decode)
     make_directory(args.out)
@@ -112,27 +128,67 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def load_model(name: str, checkpoint: Path | None) -> nn.Module:
-    """The named model on the GPU if there is one, with a checkpoint's weights or random ones.
+def load_model(name: str | None, checkpoint: Path | None) -> nn.Module:
+    """The model that a checkpoint describes, or a named one with random weights.
 
-    Says which. Random weights are the same on every call.
+    On the GPU if there is one. Says which. Random weights are the same on every call.
+
+    Args:
+        name: a name of `kernelpose.list_models()`; a checkpoint must be of its size.
+        checkpoint: a file in any layout; of several data sets' decoders, COCO's is taken.
 
     Raises:
-        UserError: no such model, or a checkpoint that does not fill it.
+        UserError: no such model, or a checkpoint that is none of 17 keypoints, of another size
+            than the name's, or without some of the tensors.
     """
+    model = _random_model(name or DEFAULT_MODEL) if checkpoint is None else _read(name, checkpoint)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _random_model(name: str) -> nn.Module:
     torch.manual_seed(0)
     model = kernelpose.create_model(name)
-    if checkpoint is None:
-        print(f"no --checkpoint: the weights of {name} are random, and so is what it finds")
-    else:
-        report = kernelpose.load_checkpoint(model, checkpoint)
-        if report.missing:
+    print(f"no --checkpoint: the weights of {name} are random, and so is what it finds")
+    return model
+
+
+def _read(name: str | None, checkpoint: Path) -> nn.Module:
+    if name is not None and name not in SIZES:
+        raise UserError(f"--model must be one of {', '.join(SIZES)} with a checkpoint, got {name}")
+    state_dict = read_state_dict(checkpoint)
+    config = infer_config(state_dict)
+    size = config["embed_dim"], config["depth"]
+    if name is not None and size != (SIZES[name]["embed_dim"], SIZES[name]["depth"]):
+        raise UserError(
+            f"{checkpoint} does not fit --model {name}: its width is {size[0]} and its depth "
+            f"{size[1]}"
+        )
+    joints = config["num_keypoints"]
+    if isinstance(joints, Mapping):
+        joints = joints.get(DATASETS[0], 0)
+    if joints != COCO.num_keypoints:
+        raise UserError(
+            f"{checkpoint} must find COCO's {COCO.num_keypoints} keypoints to be drawn and "
+            f"written, finds {joints}"
+        )
+    model = ViTPose(**{**config, "num_keypoints": joints})
+    report = kernelpose.load_checkpoint(model, state_dict)
+    if report.missing:
+        raise UserError(
+            f"{checkpoint} is no whole model: it lacks {len(report.missing)} tensors, "
+            f"{report.missing[0]} for one"
+        )
+    print(f"{checkpoint}: {report}")
+    return model
+
+
+def _refuse_to_overwrite(inputs: Sequence[Path], outputs: Sequence[Path]) -> None:
+    read = {path.resolve(): path for path in inputs}
+    for output in outputs:
+        if output.resolve() in read:
             raise UserError(
-                f"{checkpoint} does not fit --model {name}: it lacks {len(report.missing)} of the "
-                f"model's tensors, {report.missing[0]} for one"
+                f"--out must not make {output} replace the input {read[output.resolve()]}"
             )
-        print(f"{checkpoint}: {report}")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 @dataclass(frozen=True)

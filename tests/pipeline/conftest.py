@@ -12,6 +12,7 @@ from torch import nn
 
 import kernelpose
 from kernelpose.models import ViTPose
+from kernelpose.models.vitpose import SIZES
 
 
 class Mosaic(nn.Module):
@@ -52,11 +53,13 @@ def pictures() -> Callable[[int], list[np.ndarray]]:
 def tiny_vitpose(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """`kernelpose.create_model` makes a ViTPose of two narrow layers; returns the names asked."""
     asked: list[str] = []
+    size = {"embed_dim": 24, "depth": 2, "num_heads": 2, "drop_path": 0.0}
 
     def create_model(name: str, **options: Any) -> nn.Module:
         asked.append(name)
-        sizes = {"embed_dim": 24, "depth": 2, "num_heads": 2, "image_size": (64, 48)}
-        return ViTPose(**sizes, decoder="simple", **options)
+        return ViTPose(**size, image_size=(64, 48), decoder="simple", **options)
 
+    # So that a checkpoint of it is recognised.
+    monkeypatch.setitem(SIZES, "vitpose-b", size)
     monkeypatch.setattr(kernelpose, "create_model", create_model)
     return asked

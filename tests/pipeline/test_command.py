@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,9 @@ pytest.importorskip("tqdm")
 import kernelpose
 from kernelpose.cli import main
 from kernelpose.data.images import read_image, write_png
+from kernelpose.models import ViTPose
+from kernelpose.models.vitpose import SIZES
+from kernelpose.pipeline.command import load_model
 
 pytestmark = pytest.mark.usefixtures("tiny_vitpose")
 
@@ -114,7 +118,57 @@ def test_a_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     encoder = {k: v for k, v in model.state_dict().items() if k.startswith("backbone")}
     torch.save(encoder, folder / "encoder.pth")
     assert predict(folder, "--checkpoint", str(folder / "encoder.pth")) == 2
-    assert "encoder.pth does not fit --model vitpose-b: it lacks" in capsys.readouterr().err
+    assert "encoder.pth is no whole model: it lacks 14 tensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"decoder": "classic", "image_size": (128, 96)},
+        {"decoder": "simple", "image_size": (64, 48)},
+        {"decoder": "classic", "image_size": (64, 48), "patch_stride": 8},
+        {"decoder": "classic", "image_size": (64, 48), "num_keypoints": {"coco": 17, "aic": 14}},
+    ],
+)
+def test_the_model_is_the_checkpoints(folder: Path, options: dict[str, Any]) -> None:
+    torch.manual_seed(5)
+    model = ViTPose(**SIZES["vitpose-b"], **options).eval()
+    torch.save(model.state_dict(), folder / "k.pth")
+    loaded = load_model(None, folder / "k.pth").cpu()
+    assert loaded.image_size == options["image_size"]
+    images = torch.randn(1, 3, *options["image_size"])
+    dataset = "coco" if "num_keypoints" in options else None
+    assert torch.equal(loaded(images), model(images, dataset=dataset))
+    assert predict(folder, "--checkpoint", str(folder / "k.pth"), "--model", "vitpose-b") == 0
+
+
+def test_checkpoints_of_another_size_or_skeleton_are_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for joints, name, message in (
+        (17, "vitpose-s", "does not fit --model vitpose-s: its width is 24 and its depth 2"),
+        (17, "vitpose-x", "--model must be one of vitpose-s"),
+        (21, "vitpose-b", "must find COCO's 17 keypoints to be drawn and written, finds 21"),
+    ):
+        model = ViTPose(**SIZES["vitpose-b"], image_size=(64, 48), num_keypoints=joints)
+        torch.save(model.state_dict(), folder / "k.pth")
+        assert predict(folder, "--checkpoint", str(folder / "k.pth"), "--model", name) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_an_input_is_not_overwritten(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_png(folder / "b_pose.png", np.zeros((30, 30, 3), np.uint8))
+    (folder / "boxes.json").rename(folder / "keypoints.json")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    (folder / "alias").symlink_to(folder)
+    for arguments, output in (
+        (["b.png", "b_pose.png"], "b_pose.png"),
+        (["b.png", "--boxes", "keypoints.json"], "keypoints.json"),
+    ):
+        inputs = [a if a.startswith("--") else str(folder / a) for a in arguments]
+        assert main(["predict", *inputs, "--out", str(folder / "alias")]) == 2
+        assert f"replace the input {folder / output}" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in before} == before
 
 
 @pytest.mark.parametrize(
