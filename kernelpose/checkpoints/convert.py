@@ -61,6 +61,11 @@ def convert_state_dict(
     if several and (dataset or to in ("mmpose1", "transformers")):
         tensors = select_decoder(tensors, dataset)
         notes.append(f"decoder taken of {', '.join(several)}: {dataset or 'coco'}")
+    elif dataset and not any(".mlp.experts." in name for name in state_dict):
+        raise UserError(
+            "dataset belongs to a checkpoint with experts or several decoders, which this one "
+            f"has not, got {dataset!r}"
+        )
     taken = tuple(tensors)
     if to == "kernelpose":
         tensors[GRID] = torch.tensor(source_grid(tensors, grid))

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from kernelpose.checkpoints import safetensors
+from kernelpose.data.files import replacing
 from kernelpose.errors import UserError
 
 StateDict = dict[str, torch.Tensor]
@@ -81,19 +82,14 @@ def write_state_dict(path: Path, state_dict: StateDict, *, wrap: bool) -> None:
 
     Raises UserError if the file cannot be written.
     """
-    if not path.parent.is_dir():
-        raise UserError(f"{path} cannot be written: {path.parent} is not a directory")
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with replacing(path) as part:
         if path.suffix == ".safetensors":
             safetensors.write(part, state_dict)
-        else:
+            return
+        try:
             torch.save({"state_dict": state_dict} if wrap else state_dict, part)
-        part.replace(path)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{path} cannot be written: {error}") from error
-    finally:
-        part.unlink(missing_ok=True)
+        except RuntimeError as error:  # how torch.save reports what the system refuses
+            raise UserError(f"cannot write {path}: {error}") from error
 
 
 def _state_dict(content: object, where: str) -> StateDict:

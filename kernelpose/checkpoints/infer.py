@@ -117,6 +117,8 @@ def source_grid(tensors: StateDict, grid: tuple[int, int] | None) -> tuple[int, 
     if grid is None and recorded is not None:
         if recorded.numel() != 2:
             raise UserError(f"{GRID} must be (rows, columns), got shape {tuple(recorded.shape)}")
+        if not recorded.isfinite().all():
+            raise UserError(f"{GRID} must be (rows, columns), got {recorded.tolist()}")
         grid = (int(recorded[0]), int(recorded[1]))
     if grid is None:
         grid = guess_grid(rows - 1)

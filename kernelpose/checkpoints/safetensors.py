@@ -24,6 +24,15 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# Of a header that is no JSON, of other JSON than a header, and of a shape beyond all memory.
+_DAMAGE = (
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    RecursionError,
+    RuntimeError,
+)
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -40,7 +49,7 @@ def read(path: Path) -> dict[str, torch.Tensor]:
         header = json.loads(data[8:start].tobytes())
         header.pop("__metadata__", None)
         return {name: _tensor(data[start:], **entry) for name, entry in header.items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except _DAMAGE as error:
         raise UserError(f"{path} is truncated or damaged: its header does not fit it") from error
 
 
@@ -76,6 +85,8 @@ def _tensor(
 ) -> torch.Tensor:
     begin, end = data_offsets
     kind = _DTYPES[dtype]
+    if any(side < 0 for side in shape):
+        raise ValueError(f"shape must not have negative sides, got {shape}")
     if not 0 <= begin <= end <= len(data) or end - begin != math.prod(shape) * kind.itemsize:
         raise ValueError(f"bytes {begin} to {end} do not hold {dtype} {shape}")
     # A copy, as the bytes of a tensor need not be aligned to its type.

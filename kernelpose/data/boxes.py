@@ -34,6 +34,16 @@ def box_to_center_scale(
     return center, scale
 
 
+def can_be_cropped(center: Tensor, scale: Tensor) -> Tensor:
+    """Whether float32 has room for the warp of each crop: (N,) bool.
+
+    Crops between a millionth of a pixel and a billion pixels in size, at most that far out; false
+    where anything is not finite.
+    """
+    size = (scale >= 1e-6) & (scale <= 1e9)
+    return (size & (center.abs() <= 1e9)).all(-1)
+
+
 def warp_matrix(
     center: Tensor,
     scale: Tensor,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +49,7 @@ def read_detections(path: str | os.PathLike[str]) -> list[Detection]:
             entries = json.load(file)
     except OSError as error:
         raise UserError(f"cannot read the boxes file {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"the boxes file {path} is not JSON: {error}") from error
     if not isinstance(entries, list):
         raise UserError(
@@ -112,7 +112,12 @@ def _detection(entry: dict[str, Any], where: str) -> Detection:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # Not math.isfinite, which fails on an integer beyond the floats.
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and abs(value) <= sys.float_info.max
+    )
 
 
 def _json_type(value: object) -> str:

@@ -18,6 +18,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         UserError: the system does not let us write there.
     """
     path = Path(path)
+    if not path.name:
+        raise UserError(f"cannot write {path}: it is a directory")
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write {path}: {path.parent} is not a directory")
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         yield partial

@@ -19,6 +19,7 @@ from kernelpose.checkpoints import infer_config
 from kernelpose.checkpoints.files import read_state_dict
 from kernelpose.checkpoints.plus import DATASETS
 from kernelpose.codecs import DECODE_MODES
+from kernelpose.data.boxes import box_to_center_scale, can_be_cropped
 from kernelpose.data.coco import (
     PERSON_CATEGORY,
     Detection,
@@ -209,6 +210,12 @@ def _tasks(paths: Sequence[Path], detections: list[Detection] | None) -> list[_T
         found = [found for found in detections or [] if found.is_of(path)]
         for detection in found:
             x, y, w, h = detection.box
+            crop = box_to_center_scale(torch.tensor([detection.box], dtype=torch.float64), (1, 1))
+            if not can_be_cropped(*crop).all():
+                raise UserError(
+                    f"a box of {path} is too small or too large to be cropped: "
+                    f"x, y, w, h = {', '.join(f'{side:g}' for side in detection.box)}"
+                )
             if x >= width or y >= height or x + w <= 0 or y + h <= 0:
                 raise UserError(
                     f"a box of {path} lies outside the {width}x{height} picture: "

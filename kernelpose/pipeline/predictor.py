@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from kernelpose.codecs import DECODE_MODES, decode_heatmap, flip_merge, heatmap_to_image
-from kernelpose.data.boxes import box_to_center_scale, warp_matrix
+from kernelpose.data.boxes import box_to_center_scale, can_be_cropped, warp_matrix
 from kernelpose.data.crop import crop_image, normalize
 from kernelpose.data.skeletons import COCO, Skeleton
 
@@ -66,8 +67,9 @@ class Predictor:
         """Poses of the persons in one image.
 
         Args:
-            image: (H, W, 3) uint8 RGB, a tensor or an array.
-            boxes: (N, 4) as x, y, width, height in pixels; the whole image by default.
+            image: (H, W, 3) uint8 RGB, a tensor, an array or a Pillow image.
+            boxes: (N, 4) as x, y, width, height in pixels, or [] for nobody; the whole image by
+                default.
         """
         return next(self.stream([(image, boxes)]))
 
@@ -95,16 +97,19 @@ class Predictor:
     def _persons(self, image: Any, boxes: Any) -> tuple[Tensor, ...]:
         """uint8 crops (N, 3, h, w), centers (N, 2) and scales (N, 2) of one image's boxes."""
         device = next(self.model.parameters()).device
-        pixels = image.to(device) if isinstance(image, Tensor) else torch.tensor(image).to(device)
+        pixels = _tensor(image).to(device)
         if pixels.dim() != 3 or pixels.shape[2] != 3:
             raise ValueError(f"image must be (H, W, 3) RGB, got {tuple(pixels.shape)}")
         if boxes is None:
             boxes = [[0, 0, pixels.shape[1], pixels.shape[0]]]
-        boxes = torch.as_tensor(boxes, dtype=torch.float64)
+        boxes = _tensor(boxes).double()
+        if boxes.shape == (0,):
+            boxes = boxes.view(0, 4)
         center, scale = box_to_center_scale(boxes, self.image_size)
-        if not (bool(boxes.isfinite().all()) and bool((boxes[:, 2:] > 0).all())):
+        if not (bool((boxes[:, 2:] > 0).all()) and bool(can_be_cropped(center, scale).all())):
             raise ValueError(
-                f"boxes must be finite with a positive width and height, got {boxes.tolist()}"
+                "boxes must be finite with a positive width and height, neither too small nor too "
+                f"large to be cropped, got {boxes.tolist()}"
             )
         matrices = warp_matrix(center, scale, self.image_size)
         crops = crop_image(pixels, matrices, self.image_size)
@@ -128,6 +133,13 @@ class Predictor:
         locations, scores = decode_heatmap(heatmaps, mode=self.decode)
         size = (heatmaps.shape[2], heatmaps.shape[3])
         return heatmap_to_image(locations, center, scale, size, udp=True), scores
+
+
+def _tensor(values: Any) -> Tensor:
+    """A tensor as it is; of anything else a copy, as PyTorch takes no negative strides."""
+    if isinstance(values, Tensor):
+        return values
+    return torch.from_numpy(np.array(values, order="C"))
 
 
 def _joined(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

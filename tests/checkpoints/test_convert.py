@@ -174,6 +174,17 @@ def test_experts_of_transformers_are_merged_too(make: Make) -> None:
     assert "the one decoder was kept, which need not be that of mpii" in report.notes
 
 
+def test_a_data_set_that_nothing_tells_apart_is_refused(make: Make) -> None:
+    with pytest.raises(UserError, match=r"dataset belongs to .*, got 'nope'"):
+        convert_state_dict(make["official"](), "kernelpose", dataset="nope")
+
+
+def test_a_grid_of_no_numbers_is_refused(make: Make) -> None:
+    state = {**make["kernelpose"](), "backbone.pos_grid": torch.tensor([float("nan"), 3])}
+    with pytest.raises(UserError, match=r"pos_grid must be \(rows, columns\), got \[nan"):
+        convert_state_dict(state, "kernelpose")
+
+
 def test_several_decoders_without_experts_stay_together(make: Make) -> None:
     state = make["official"]("classic", (17, 14, 16))
     ours, report = convert_state_dict(state, "kernelpose")

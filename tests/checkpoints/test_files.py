@@ -188,13 +188,37 @@ def test_the_command_takes_a_data_set_and_a_grid(make: Make, tmp_path: Path) -> 
     assert found["keypoint_head.final_layer.bias"].shape == (14,)
 
 
-@pytest.mark.parametrize("target", ["nowhere/out.pth", "in.pth/out.pth", "folder"])
+@pytest.mark.parametrize("target", ["nowhere/out.pth", "in.pth/out.safetensors", "folder"])
 def test_a_target_that_cannot_be_written_is_named(make: Make, target: str, tmp_path: Path) -> None:
     torch.save(make["official"](), tmp_path / "in.pth")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="cannot write"):
         convert(tmp_path / "in.pth", tmp_path / target, "mmpose1")
     assert {path.name for path in tmp_path.iterdir()} == {"in.pth", "folder"}
+
+
+def test_a_target_without_a_name_is_refused(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(make["official"](), tmp_path / "in.pth")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"cannot write \.: it is a directory"):
+        convert(tmp_path / "in.pth", Path(), "mmpose1")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b'{"a":' + b"[" * 100_000,
+        b'{"a":{"dtype":"U8","shape":[-1,-4],"data_offsets":[0,4]}}',
+        b'{"a":{"dtype":"U8","shape":[0,4611686018427387904,8],"data_offsets":[0,0]}}',
+    ],
+)
+def test_a_header_that_describes_no_tensors_is_damage(tmp_path: Path, header: bytes) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(UserError, match="its header does not fit it"):
+        read_state_dict(path)
 
 
 def test_a_write_that_fails_leaves_the_old_file(

@@ -69,6 +69,8 @@ def test_matching(image_id, file_name, path: str, expected: bool) -> None:
     [
         ("{", "is not JSON"),
         ("\x00", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ([{**GOOD, "bbox": [1, 2, 10**400, 4]}], "bbox must be four finite numbers"),
         ({"annotations": []}, "must hold a list of COCO detections, got an object"),
         ("3", "must hold a list of COCO detections, got a number"),
         ("null", "must hold a list of COCO detections, got null"),

@@ -180,6 +180,8 @@ def test_an_input_is_not_overwritten(folder: Path, capsys: pytest.CaptureFixture
         (["a.png", "--boxes", "text.jpg"], "the boxes file text.jpg is not JSON"),
         (["a.png", "--boxes", "object.json"], "must hold a list of COCO detections"),
         (["a.png", "--boxes", "outside.json"], "a box of a.png lies outside the 20x10 picture"),
+        (["a.png", "--boxes", "tiny.json"], "a box of a.png is too small or too large"),
+        (["a.png", "--boxes", "huge.json"], "a box of a.png is too small or too large"),
         (["a.png", "--checkpoint", "missing.pth"], "missing.pth"),
         (["a.png", "--checkpoint", "text.jpg"], "text.jpg"),
         (["a.png", "--out", "a.png"], "cannot make the directory a.png"),
@@ -198,6 +200,8 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     Path("text.jpg").write_text("neither a picture nor JSON")
     Path("object.json").write_text("{}")
     Path("outside.json").write_text('[{"file_name": "a.png", "bbox": [20, 0, 5, 5]}]')
+    Path("tiny.json").write_text('[{"file_name": "a.png", "bbox": [5, 5, 1e-7, 1e-7]}]')
+    Path("huge.json").write_text('[{"file_name": "a.png", "bbox": [0, 0, 1e39, 1e39]}]')
     before = sorted(tmp_path.rglob("*"))
     assert main(["predict", *arguments]) == 2
     error = capsys.readouterr().err.strip()

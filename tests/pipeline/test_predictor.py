@@ -101,6 +101,22 @@ def test_dropout_is_off_and_no_graph_is_kept(mosaic, pictures) -> None:
     assert not poses.keypoints.requires_grad
 
 
+def test_any_kind_of_picture(mosaic, pictures) -> None:
+    image = pictures(1)[0]
+    expected = Predictor(mosaic)(image).keypoints
+    backwards = np.ascontiguousarray(image[..., ::-1])[..., ::-1]
+    assert min(backwards.strides) < 0
+    pillow = pytest.importorskip("PIL.Image").fromarray(image)
+    for same in (backwards, pillow):
+        assert torch.equal(Predictor(mosaic)(same).keypoints, expected)
+
+
+def test_no_boxes_are_nobody(mosaic, pictures) -> None:
+    poses = Predictor(mosaic)(pictures(1)[0], [])
+    assert poses.keypoints.shape == (0, 17, 2)
+    assert poses.scores.shape == (0, 17)
+
+
 def test_errors_name_the_argument(mosaic) -> None:
     image = np.zeros((20, 20, 3), np.uint8)
     for build, message in (
@@ -110,6 +126,8 @@ def test_errors_name_the_argument(mosaic) -> None:
         (lambda: Predictor(mosaic)(image[..., 0]), r"image must be \(H, W, 3\) .*\(20, 20\)"),
         (lambda: Predictor(mosaic)(image, [[0, 0, 0, 5]]), "boxes must be .* positive width"),
         (lambda: Predictor(mosaic)(image, [[0, 0, float("nan"), 5]]), "boxes must be finite"),
+        (lambda: Predictor(mosaic)(image, [[5, 5, 1e-7, 1e-7]]), "boxes must be .* too small"),
+        (lambda: Predictor(mosaic)(image, [[0, 0, 1e39, 1e39]]), "boxes must be .* too small"),
         (lambda: Predictor(mosaic)(image, [0, 0, 5, 5]), r"boxes must be \(N, 4\)"),
         (
             lambda: Predictor(mosaic, skeleton=Skeleton(("nose",), ()))(image),
