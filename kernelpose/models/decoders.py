@@ -80,8 +80,8 @@ def build_decoder(
 
     Raises ValueError for another name, and for a number of widths that does not reach `upsample`.
     """
-    if num_keypoints < 1:
-        raise ValueError(f"num_keypoints must be at least 1, got {num_keypoints}")
+    if not isinstance(num_keypoints, int) or num_keypoints < 1:
+        raise ValueError(f"num_keypoints must be an integer of at least 1, got {num_keypoints!r}")
     if name == "simple":
         if deconv_channels is not None:
             raise ValueError(

@@ -81,18 +81,18 @@ class ViTPose(nn.Module):
         super().__init__()
         if patch_stride not in PATCH_PADDING:
             raise ValueError(f"patch_stride must be 16 or 8, got {patch_stride}")
-        if len(image_size) != 2 or min(image_size) < patch_stride:
+        if not _is_pair(image_size, patch_stride):
             raise ValueError(
                 f"image_size must be (height, width) of at least {patch_stride}, got {image_size}"
             )
         if not 0.0 <= drop_path < 1.0:
             raise ValueError(f"drop_path must lie in [0, 1), got {drop_path}")
         if isinstance(num_keypoints, Mapping) and (
-            not num_keypoints or any("." in name for name in num_keypoints)
+            not num_keypoints or not all(map(_can_name_a_decoder, num_keypoints))
         ):
             raise ValueError(
-                "num_keypoints must name at least one data set, without a dot in the name, "
-                f"got {dict(num_keypoints)}"
+                "num_keypoints must name at least one data set, without a dot in the name and not "
+                f"as an attribute of nn.ModuleDict, got {dict(num_keypoints)}"
             )
         self.num_keypoints = num_keypoints
         self.image_size = tuple(image_size)
@@ -105,7 +105,8 @@ class ViTPose(nn.Module):
             attentions=_layer_attentions(
                 attention,
                 depth,
-                window or ((8, 8) if patch_stride == 8 else (8, 6)),
+                window,
+                (8, 8) if patch_stride == 8 else (8, 6),
                 num_full_layers,
             ),
             drop_path=drop_path,
@@ -185,20 +186,50 @@ class ViTPose(nn.Module):
         return self
 
 
+def _is_pair(value: object, least: int) -> bool:
+    return (
+        isinstance(value, Sequence)
+        and len(value) == 2
+        and all(isinstance(side, int) and side >= least for side in value)
+    )
+
+
+def _can_name_a_decoder(name: object) -> bool:
+    return (
+        bool(name)
+        and isinstance(name, str)
+        and "." not in name
+        and not hasattr(nn.ModuleDict(), name)
+    )
+
+
 def _layer_attentions(
-    attention: str, depth: int, window: tuple[int, int], num_full_layers: int
+    attention: str,
+    depth: int,
+    window: tuple[int, int] | None,
+    default_window: tuple[int, int],
+    num_full_layers: int,
 ) -> list[dict[str, Any]]:
     """The arguments of `WindowAttention`, layer by layer."""
     if attention not in ATTENTIONS:
         raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}")
+    if depth < 1:
+        raise ValueError(f"depth must be at least 1, got {depth}")
+    if window is not None and not _is_pair(window, 1):
+        raise ValueError(f"window must be (rows, columns) of at least 1, got {window!r}")
     if attention == "full":
+        if window is not None:
+            raise ValueError(
+                f"window belongs to the windowed forms, got {window} with attention='full'"
+            )
         if num_full_layers:
             raise ValueError(
                 f"num_full_layers belongs to the windowed forms, got {num_full_layers} "
                 "with attention='full'"
             )
         return [{} for _ in range(depth)]
-    if num_full_layers and depth % num_full_layers:
+    window = window or default_window
+    if num_full_layers < 0 or (num_full_layers and depth % num_full_layers):
         raise ValueError(f"num_full_layers must divide the depth {depth}, got {num_full_layers}")
     forms = attention.split("+")
     full_every = depth // num_full_layers if num_full_layers else depth + 1

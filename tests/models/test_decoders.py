@@ -53,5 +53,5 @@ def test_wrong_arguments_are_named(name: str, options: dict[str, object], messag
 
 
 def test_no_keypoints_are_refused() -> None:
-    with pytest.raises(ValueError, match="num_keypoints must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_keypoints must be an integer of at least 1, got 0"):
         build_decoder("simple", 8, 0, upsample=4)

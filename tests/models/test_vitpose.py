@@ -325,6 +325,15 @@ def test_wrong_images_are_named(images: torch.Tensor, error: type[Exception], me
         ({"num_full_layers": 2}, "num_full_layers belongs to the windowed forms"),
         ({"num_keypoints": {}}, "num_keypoints must name at least one data set"),
         ({"num_keypoints": {"a.b": 3}}, "without a dot"),
+        ({"num_keypoints": {"type": 3}}, "not as an attribute of nn.ModuleDict, got"),
+        ({"num_keypoints": {"": 3}}, "num_keypoints must name at least one"),
+        ({"num_keypoints": "17"}, "num_keypoints must be an integer of at least 1, got '17'"),
+        ({"image_size": 256}, r"image_size must be \(height, width\) .* got 256"),
+        ({"depth": 0}, "depth must be at least 1, got 0"),
+        ({"attention": "window", "num_full_layers": -2}, "num_full_layers must divide .* got -2"),
+        ({"attention": "window", "window": (0, 8)}, r"window must be .* got \(0, 8\)"),
+        ({"attention": "window", "window": 8}, r"window must be \(rows, columns\) .* got 8"),
+        ({"window": (8, 8)}, "window belongs to the windowed forms"),
     ],
 )
 def test_wrong_arguments_are_named(options: dict[str, Any], message: str) -> None:
