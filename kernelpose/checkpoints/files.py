@@ -102,7 +102,12 @@ def _state_dict(content: object, where: str) -> StateDict:
             if isinstance(name, str) and isinstance(value, torch.Tensor)
         }
         if tensors:
-            return tensors
+            # DistributedDataParallel puts its own name before all of the model's.
+            wrapped = all(name.startswith("module.") for name in tensors)
+            return {
+                name.removeprefix("module.") if wrapped else name: tensor
+                for name, tensor in tensors.items()
+            }
     raise UserError(f"{where} holds no state_dict: no mapping from names to tensors was found")
 
 

@@ -160,6 +160,13 @@ def test_files_round_trip_bit_for_bit(
     assert {path.name for path in tmp_path.iterdir()} == {source.name, ours.name, back.name}
 
 
+def test_the_prefix_of_data_parallel_training_is_taken_off(make: Make) -> None:
+    state = make["official"]()
+    wrapped = {f"module.{name}": tensor for name, tensor in state.items()}
+    assert read_state_dict({"state_dict": wrapped}).keys() == state.keys()
+    assert read_state_dict({**wrapped, "extra": torch.zeros(1)}).keys() == {*wrapped, "extra"}
+
+
 def test_official_and_mmpose1_files_are_wrapped_and_transformers_ones_are_not(
     make: Make, tmp_path: Path
 ) -> None:
