@@ -2,7 +2,8 @@
 
 Triton chooses when it is first imported, and looks again later. So the variable is set while tests
 are collected, before any test can import Triton by way of torch.compile, and during the tests of
-this folder; the others, and the processes they start, do not see it.
+this folder; the others, and the processes they start, do not see it. Nor does kernelpose, which
+looks when it is imported: to it the interpreter is not a backend unless the user set the variable.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from types import ModuleType
 
 import pytest
 import torch
+
+import kernelpose  # noqa: F401  # before the variable is set
 
 INTERPRET = not torch.cuda.is_available()
 
