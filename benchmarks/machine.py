@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.timing import interleaved
+from benchmarks.timing import time_all
 from kernelpose import info
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,7 +58,7 @@ def roof(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     c = torch.empty_like(a)
     with torch.no_grad():
-        times = interleaved(
+        times = time_all(
             {
                 "copy": [lambda: target.copy_(source)],
                 "matmul": [lambda: torch.matmul(a, b, out=c)],

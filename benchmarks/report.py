@@ -57,6 +57,8 @@ class Report:
                 if limits:
                     part += f" ({amount / seconds / limits[name + '_per_second']:.0%})"
                 parts.append(part)
+        if row.inputs_in_l2:
+            parts.append("inputs in L2")
         return ", ".join(parts)
 
     def save(self) -> list[Path]:

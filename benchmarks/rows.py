@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.timing import Times, gpu_stream, interleaved
+from benchmarks.timing import MAX_CALLS, Times, gpu_stream, time_all
 
 Function = Callable[..., Tensor]
 
@@ -21,6 +21,7 @@ class Row:
 
     times: by contender. ours: names of the contenders that are kernelpose's. chosen: the one that
     automatic choice takes. bytes, flops: the least that the work takes; None where nobody counted.
+    inputs_in_l2: see `fit_l2`.
     """
 
     op: str
@@ -32,6 +33,7 @@ class Row:
     chosen: str
     bytes: int | None = None
     flops: int | None = None
+    inputs_in_l2: bool | None = None
 
     @property
     def best_other(self) -> str:
@@ -61,17 +63,35 @@ class Row:
             "ratio": round(self.ratio, 3),
             "bytes": self.bytes,
             "flops": self.flops,
+            "inputs_in_l2": self.inputs_in_l2,
         }
 
 
 def rotate(make_inputs: Callable[[], list[Tensor]], device: torch.device) -> list[list[Tensor]]:
-    """As many fresh input sets as it takes to outgrow the L2 cache of a GPU; one on a CPU."""
+    """As many fresh input sets as it takes to outgrow the L2 cache of a GPU; one on a CPU.
+
+    But no more than `MAX_CALLS`, which is too few for the smallest inputs: see `fit_l2`.
+    """
     sets = [make_inputs()]
     if device.type == "cuda":
-        size = sum(t.numel() * t.element_size() for t in sets[0])
-        cache = torch.cuda.get_device_properties(device).L2_cache_size
-        sets += [make_inputs() for _ in range(min(63, 2 * cache // max(size, 1)))]
+        more = 2 * _l2_bytes(device) // _bytes(sets)
+        sets += [make_inputs() for _ in range(min(MAX_CALLS - 1, more))]
     return sets
+
+
+def fit_l2(sets: Sequence[Sequence[Tensor]], device: torch.device) -> bool | None:
+    """Whether a GPU's L2 cache can hold all input sets, so that reading them costs no memory's
+    time; None on a CPU."""
+    return _bytes(sets) <= _l2_bytes(device) if device.type == "cuda" else None
+
+
+def _bytes(sets: Sequence[Sequence[Tensor]]) -> int:
+    return sum(tensor.nbytes for tensors in sets for tensor in tensors)
+
+
+def _l2_bytes(device: torch.device) -> int:
+    size: int = torch.cuda.get_device_properties(device).L2_cache_size
+    return size
 
 
 def time_forward(
@@ -83,7 +103,7 @@ def time_forward(
         return [functools.partial(function, *tensors) for tensors in detached]
 
     with torch.no_grad():
-        return interleaved({n: calls(f) for n, f in contenders.items()}, device)
+        return time_all({n: calls(f) for n, f in contenders.items()}, device)
 
 
 def time_backward(
@@ -102,4 +122,4 @@ def time_backward(
             made.append(walk)
         return made
 
-    return interleaved({n: calls(f) for n, f in contenders.items()}, device)
+    return time_all({n: calls(f) for n, f in contenders.items()}, device)

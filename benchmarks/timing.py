@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,9 +10,14 @@ from dataclasses import dataclass
 
 import torch
 
+from kernelpose.pipeline.timing import Sampler, interleaved
+
 SAMPLE_SECONDS = 2e-3  # a sample repeats a quick function until it takes about so long
 SECONDS = {"cpu": 0.8, "cuda": 0.3}  # spent on each contender
 MIN_SAMPLES, MAX_SAMPLES = 15, 400
+MAX_CALLS = 256  # in one CUDA graph
+
+Calls = Sequence[Callable[[], object]]
 
 
 @dataclass(frozen=True)
@@ -31,32 +35,24 @@ class Times:
         return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
 
 
-def interleaved(
-    functions: Mapping[str, Sequence[Callable[[], object]]], device: torch.device
-) -> dict[str, Times]:
-    """Time every contender, one sample of each in a random order, until each had its share.
+def time_all(functions: Mapping[str, Calls], device: torch.device) -> dict[str, Times]:
+    """Time every contender, in turns with the others, until each had its share.
 
     A contender is a sequence of functions that do the same on different memory; they take turns, so
     that no call finds its inputs in the last cache. On a GPU one sample is one replay of a CUDA
-    graph of all of them, between two events.
+    graph of them, between two events.
     """
-    sample_of = _gpu_sampler if device.type == "cuda" else _cpu_sampler
-    samplers = {name: sample_of(calls) for name, calls in functions.items()}
-    first = {name: sampler() for name, sampler in samplers.items()}
-    slowest = max(first.values())
-    count = int(
-        min(MAX_SAMPLES, max(MIN_SAMPLES, SECONDS[device.type] / max(slowest, SAMPLE_SECONDS)))
+    sampler_of = _gpu_sampler if device.type == "cuda" else _cpu_sampler
+    taken = interleaved(
+        {name: sampler_of(calls) for name, calls in functions.items()},
+        budget_s=SECONDS[device.type] * len(functions),
+        min_rounds=MIN_SAMPLES,
+        max_rounds=MAX_SAMPLES,
     )
-    samples: dict[str, list[float]] = {name: [] for name in functions}
-    order, shuffle = list(samplers), random.Random(0).shuffle
-    for _ in range(count):
-        shuffle(order)
-        for name in order:
-            samples[name].append(samplers[name]())
-    return {name: Times(tuple(values)) for name, values in samples.items()}
+    return {name: Times(tuple(samples)) for name, samples in taken.items()}
 
 
-def _cpu_sampler(calls: Sequence[Callable[[], object]]) -> Callable[[], float]:
+def _cpu_sampler(calls: Calls) -> Sampler:
     for call in calls:  # warm up: compilation, allocation, page faults
         call()
     start = time.perf_counter()
@@ -82,25 +78,38 @@ def gpu_stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
 
 
-def _gpu_sampler(calls: Sequence[Callable[[], object]]) -> Callable[[], float]:
+def _gpu_sampler(calls: Calls) -> Sampler:
     stream = gpu_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for call in (*calls, *calls):
             call()
     stream.synchronize()
+    passes, graph = 1, _captured(calls)
+    # More calls take no more memory: what one leaves behind is freed in the graph's own pool, where
+    # the next finds it.
+    while _replay_seconds(graph) < SAMPLE_SECONDS and 2 * passes * len(calls) <= MAX_CALLS:
+        passes *= 2
+        del graph  # its pool goes before there is another
+        graph = _captured([*calls] * passes)
+    return lambda: _replay_seconds(graph) / passes / len(calls)
+
+
+def _captured(calls: Calls) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.graph(graph, stream=gpu_stream()):
         for call in calls:
             call()
+    return graph
+
+
+def _replay_seconds(graph: torch.cuda.CUDAGraph) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    # While the first replay runs, the host submits the second: between its events lies no waiting
+    # for the host. And the second finds the L2 cache as its own last calls leave it.
     graph.replay()
-
-    def sample() -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3 / len(calls)
-
-    return sample
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from kernelpose.pipeline.command import add_model_argument, add_out_argument
 from kernelpose.pipeline.overlay import Person, draw_poses
 from kernelpose.pipeline.panels import Picture, draw_heatmaps, side_by_side, to_picture
 from kernelpose.pipeline.predictor import Predictor
-from kernelpose.pipeline.timing import interleaved_medians
+from kernelpose.pipeline.timing import interleaved, wall_clock
 
 TOLERANCE = 1e-4
 """How far our outputs may be from eager's, in parts of their spread (float32)."""
@@ -149,7 +150,9 @@ def _compare(
 
         return run_it
 
-    return Comparison(title, interleaved_medians({k: under(v) for k, v in ways.items()}))
+    samplers = {label: wall_clock(under(backend)) for label, backend in ways.items()}
+    taken = interleaved(samplers, budget_s=25, min_rounds=3, max_rounds=15)
+    return Comparison(title, {k: statistics.median(v) * 1e3 for k, v in taken.items()})
 
 
 def _drawn_panels(

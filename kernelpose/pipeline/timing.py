@@ -1,45 +1,54 @@
-"""Medians of calls that take turns, so that what disturbs the machine disturbs all alike."""
+"""Samples that contenders take in turns, so that what disturbs the machine disturbs all alike."""
 
 from __future__ import annotations
 
-import statistics
+import random
 import time
 from collections.abc import Callable, Mapping
 
 import torch
 
+Sampler = Callable[[], float]
 
-def interleaved_medians(
-    calls: Mapping[str, Callable[[], object]],
-    *,
-    rounds: int = 15,
-    min_rounds: int = 3,
-    budget_s: float = 25.0,
-) -> dict[str, float]:
-    """Median milliseconds of each call, after one warm-up of each.
 
-    All calls run once a round. After ``min_rounds`` no new round starts past ``budget_s``.
+def interleaved(
+    samplers: Mapping[str, Sampler], *, budget_s: float, min_rounds: int, max_rounds: int
+) -> dict[str, list[float]]:
+    """What each sampler returned: one sample of each a round, in a random order.
+
+    After ``min_rounds`` no new round starts past ``budget_s`` seconds.
     """
-    for call in calls.values():
-        _milliseconds(call)
-    taken: dict[str, list[float]] = {label: [] for label in calls}
+    taken: dict[str, list[float]] = {name: [] for name in samplers}
+    order, shuffle = list(samplers), random.Random(0).shuffle
     start = time.perf_counter()
-    for number in range(rounds):
+    for number in range(max_rounds):
         if number >= min_rounds and time.perf_counter() - start > budget_s:
             break
-        for label, call in calls.items():
-            taken[label].append(_milliseconds(call))
-    return {label: statistics.median(times) for label, times in taken.items()}
+        shuffle(order)
+        for name in order:
+            taken[name].append(samplers[name]())
+    return taken
 
 
-def _milliseconds(call: Callable[[], object]) -> float:
-    _synchronize()
-    start = time.perf_counter()
-    call()
-    _synchronize()
-    return (time.perf_counter() - start) * 1e3
+def wall_clock(call: Callable[[], object]) -> Sampler:
+    """Warms a call up; returns a sampler of its seconds, the GPU's work included."""
+    finished = synchronized(call)
+    finished()
+
+    def sample() -> float:
+        start = time.perf_counter()
+        finished()
+        return time.perf_counter() - start
+
+    return sample
 
 
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def synchronized(call: Callable[[], object]) -> Callable[[], None]:
+    """A call that returns only when the GPU, if there is one, has done its part."""
+
+    def run() -> None:
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    return run

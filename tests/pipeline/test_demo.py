@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +13,15 @@ pytest.importorskip("matplotlib")
 from kernelpose.cli import main
 from kernelpose.data.images import read_image, write_png
 from kernelpose.pipeline import demo
-from kernelpose.pipeline.timing import interleaved_medians
+from kernelpose.pipeline.timing import interleaved
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, tiny_vitpose: list[str]) -> None:
-    def two_rounds(calls):
-        return interleaved_medians(calls, rounds=2)
+    def two_rounds(samplers, **_):
+        return interleaved(samplers, budget_s=0, min_rounds=2, max_rounds=2)
 
-    monkeypatch.setattr(demo, "interleaved_medians", two_rounds)
+    monkeypatch.setattr(demo, "interleaved", two_rounds)
 
 
 def test_on_the_drawn_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,16 +67,3 @@ def test_differing_outputs_fail(
     monkeypatch.setattr(ViTPose, "forward", off_unless_eager)
     assert main(["demo", "--out", str(tmp_path)]) == 1
     assert "NOT EQUAL to 1e-04" in capsys.readouterr().out
-
-
-def test_medians_take_turns() -> None:
-    order = []
-    times = interleaved_medians(
-        {"a": lambda: order.append("a"), "b": lambda: (order.append("b"), time.sleep(0.01))},
-        rounds=3,
-    )
-    assert order == ["a", "b"] * 4
-    assert times["a"] < 5 < 10 <= times["b"]
-    order.clear()
-    interleaved_medians({"a": lambda: order.append("a")}, rounds=9, min_rounds=2, budget_s=0)
-    assert len(order) == 3
