@@ -165,11 +165,15 @@ def _gaussian(kernel: int, sigma: float) -> list[float]:
 
 
 def _blur(heatmaps: Tensor, kernel: list[float], pad: Callable[[Tensor, int], Tensor]) -> Tensor:
-    batch, joints, height, width = heatmaps.shape
-    weight = torch.tensor(kernel, device=heatmaps.device)
-    maps = pad(heatmaps.reshape(batch * joints, 1, height, width), len(kernel) // 2)
-    maps = F.conv2d(maps, weight.view(1, 1, 1, -1))
-    return F.conv2d(maps, weight.view(1, 1, -1, 1)).view_as(heatmaps)
+    """One axis after the other; not by convolutions, which a GPU may compute in TF32."""
+    maps = pad(heatmaps, len(kernel) // 2)
+    for dim in (-1, -2):
+        length = maps.shape[dim] - len(kernel) + 1
+        blurred = maps.narrow(dim, 0, length) * kernel[0]
+        for start, weight in enumerate(kernel[1:], 1):
+            blurred.add_(maps.narrow(dim, start, length), alpha=weight)
+        maps = blurred
+    return maps
 
 
 def _rescaled(blurred: Tensor, heatmaps: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernelpose.codecs import DECODE_MODES, decode_heatmap
 
@@ -127,6 +128,23 @@ def test_indices_do_not_overflow_float32() -> None:
     expected, _ = decode_heatmap(person, mode="shift")
     locations, _ = decode_heatmap(person.expand(42, -1, -1, -1), mode="shift")
     assert torch.equal(locations, expected.expand(42, -1, -1))
+
+
+@pytest.mark.parametrize("mode", DECODE_MODES)
+def test_nothing_is_computed_in_reduced_precision(mode: str) -> None:
+    """On a GPU, convolutions and matrix products may round their factors to TF32."""
+    called: list[str] = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Names():
+        decode_heatmap(random_heatmaps(1, 3, (16, 12), seed=0), mode=mode)
+    assert "aten.max.dim" in called
+    reducible = ("conv", "mm", "matmul", "addmv", "linear", "einsum")
+    assert not [name for name in called if any(word in name for word in reducible)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
