@@ -42,7 +42,8 @@ def blur(heatmap: np.ndarray, mode: str, kernel: int) -> np.ndarray:
     return blurred * (heatmap.max() / blurred.max()) if mode == "mmpose1" else blurred
 
 
-def newton(heatmap: np.ndarray, mode: str, kernel: int) -> np.ndarray:
+def newton(heatmap: np.ndarray, mode: str, kernel: int) -> tuple[np.ndarray, float]:
+    """The peak, and how far off float32 may put it."""
     y, x = np.unravel_index(heatmap.argmax(), heatmap.shape)
     logs = np.pad(np.log(np.clip(blur(heatmap, mode, kernel), 1e-3, 50)), 1, mode="edge")
     near = logs[y : y + 3, x : x + 3]
@@ -54,7 +55,12 @@ def newton(heatmap: np.ndarray, mode: str, kernel: int) -> np.ndarray:
         - near[1, 0] - near[0, 1] + near[0, 0]
     )  # fmt: skip
     hessian = np.array([[xx, xy], [xy, yy]]) + np.finfo(np.float32).eps * np.eye(2)
-    return np.array([x, y]) - np.linalg.solve(hessian, gradient)
+    step = -np.linalg.solve(hessian, gradient)
+    # Float32 leaves the blurred logarithms off by some eps, and the flatter the peak, the further
+    # that carries. Where clipping made it level, it carries nothing: hence the cap.
+    off = 4 * np.finfo(np.float32).eps * (1 + np.abs(near).max())
+    flatness = 1 / np.abs(np.linalg.eigvalsh(hessian)).min()
+    return np.array([x, y]) + step, min(off * flatness * (1 + np.abs(step).max()), 5e-4)
 
 
 @pytest.mark.parametrize("kernel", [9, 11, 17])
@@ -67,8 +73,8 @@ def test_newton_modes(mode: str, kernel: int) -> None:
     for person in range(3):
         for joint in range(5):
             heatmap = heatmaps[person, joint].double().numpy()
-            expected = newton(heatmap, mode, kernel)
-            np.testing.assert_allclose(locations[person, joint], expected, rtol=0, atol=2e-3)
+            expected, allowed = newton(heatmap, mode, kernel)
+            np.testing.assert_allclose(locations[person, joint], expected, rtol=0, atol=allowed)
             assert scores[person, joint] == heatmaps[person, joint].max()
 
 
