@@ -41,7 +41,8 @@ def extension() -> Path:
     defines = ["-DKERNELPOSE_WITH_CUDA", "-DKERNELPOSE_MODULE=emulated"]
     defines += ['-DKERNELPOSE_COMPILER="g++ for the emulator"']
     csrc = ROOT / "csrc"
-    objects = [_object(csrc / "bindings.cpp", [*HOST_FLAGS, *python, *defines])]
+    bindings = [csrc / "bindings.cpp", *sorted((csrc / "bindings").glob("*.cpp"))]
+    objects = [_object(source, [*HOST_FLAGS, *python, *defines]) for source in bindings]
     objects += [
         _object(source, [*HOST_FLAGS, "-DKP_ISA=baseline"])
         for source in sorted((csrc / "cpu").glob("*.cpp"))
