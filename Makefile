@@ -24,8 +24,7 @@ $(BIN)/requirements.stamp: requirements-dev.txt
 	@touch $@
 
 $(BIN)/build.stamp: $(BIN)/requirements.stamp $(SOURCES)
-	PATH="$(abspath $(BIN)):$$PATH" MAX_JOBS=$(JOBS) \
-	  $(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	MAX_JOBS=$(JOBS) $(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
 setup: $(BIN)/build.stamp

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -35,6 +36,26 @@ def say(message: str) -> None:
 def run(*command: str | Path) -> None:
     if subprocess.run(command).returncode != 0:
         raise SystemExit("kernelpose: the native core did not build; the compiler says why above.")
+
+
+def find_tool(name: str) -> str:
+    """The program that pip installed for this build; without one, the PATH's.
+
+    The same command then builds with the same tools whatever the PATH: Ninja builds everything
+    again where another version of it kept the log.
+    """
+    try:
+        files = distribution(name).files or []
+    except PackageNotFoundError:
+        files = []
+    for file in files:
+        program = Path(str(file.locate())).resolve()
+        if file.stem == name and file.parent.name in ("bin", "Scripts") and program.is_file():
+            return str(program)
+    found = shutil.which(name)
+    if found is None:
+        raise SystemExit(f"kernelpose: building needs {name}; pip installs it.")
+    return found
 
 
 def find_nvcc() -> str | None:
@@ -62,10 +83,7 @@ class CMakeBuild(build_ext):
         platform = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         tree = ROOT / "build" / f"cmake-{platform}"
         tree.mkdir(parents=True, exist_ok=True)
-        cmake = shutil.which("cmake")
-        ninja = shutil.which("ninja")
-        if not cmake or not ninja:
-            raise SystemExit("kernelpose: building needs cmake and ninja; pip installs both.")
+        cmake, ninja = find_tool("cmake"), find_tool("ninja")
         nvcc = find_nvcc()
         if nvcc is None and flag("KERNELPOSE_REQUIRE_CUDA"):
             raise SystemExit("kernelpose: KERNELPOSE_REQUIRE_CUDA=1, but there is no nvcc.")
