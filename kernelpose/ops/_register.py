@@ -23,6 +23,7 @@ def register(
     fake: Callable[..., Any],
     *,
     autograd: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
+    autocast: bool = True,
 ) -> Callable[..., Any]:
     """Define kernelpose::<name> and return it.
 
@@ -30,7 +31,8 @@ def register(
     fake: the same for tensors without storage.
     autograd: (setup_context, backward) as torch.library.register_autograd takes them.
 
-    Under autocast the first argument is cast to autocast's dtype; others keep theirs.
+    autocast: whether the first argument is cast to autocast's dtype under autocast; others never
+        are. False for an op that computes in float32 whatever it is given.
     """
     qualified = f"kernelpose::{name}"
     _library.define(f"{name}{signature}", tags=(torch.Tag.pt2_compliant_tag,))
@@ -43,7 +45,7 @@ def register(
             qualified, backward, setup_context=setup_context, lib=_library
         )
     op = getattr(torch.ops.kernelpose, name).default
-    for device in ("cpu", "cuda"):
+    for device in ("cpu", "cuda") if autocast else ():
         key = f"Autocast{device.upper()}" if device == "cuda" else "AutocastCPU"
         _library.impl(name, _autocast(op, device, key), key)
     return op
