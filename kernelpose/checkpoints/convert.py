@@ -17,10 +17,12 @@ import torch
 from kernelpose.checkpoints.files import StateDict, read_state_dict, write_state_dict
 from kernelpose.checkpoints.infer import config_of, source_grid
 from kernelpose.checkpoints.layouts import (
+    FORM,
     GRID,
     LAYOUTS,
     POSITIONS,
     TRANSFORMERS_EPS,
+    WINDOWS,
     Transformers,
     detect_layout,
 )
@@ -51,7 +53,7 @@ def convert_state_dict(
     a ViTPose, has a tensor of the wrong shape, or does not fit the layout.
     """
     if to not in LAYOUTS:
-        raise UserError(f"to must be one of {', '.join(LAYOUTS)}, got {to!r}")
+        raise UserError(f"to is {to!r}; expected one of {', '.join(LAYOUTS)}.")
     state_dict = read_state_dict(checkpoint)
     layout = detect_layout(state_dict)
     imported = layout.import_(state_dict, dataset)
@@ -63,12 +65,14 @@ def convert_state_dict(
         notes.append(f"decoder taken of {', '.join(several)}: {dataset or 'coco'}")
     elif dataset and not any(".mlp.experts." in name for name in state_dict):
         raise UserError(
-            "dataset belongs to a checkpoint with experts or several decoders, which this one "
-            f"has not, got {dataset!r}"
+            f"dataset is {dataset!r}; expected None for a checkpoint without experts and several "
+            "decoders."
         )
     taken = tuple(tensors)
     if to == "kernelpose":
         tensors[GRID] = torch.tensor(source_grid(tensors, grid))
+    elif WINDOWS in tensors:
+        notes.append(f"the {to} layout does not record that its attention is windowed")
     if to == "mmpose1" and POSITIONS in tensors and tensors[POSITIONS][:, :1].any():
         notes.append("row 0 of the position table added into the others")
     converted, homeless = LAYOUTS[to].export(tensors)
@@ -119,8 +123,8 @@ def _check(tensors: StateDict) -> tuple[list[str], list[str]]:
     for name, tensor in tensors.items():
         if name in expected and tensor.shape != expected[name].shape:
             raise UserError(
-                f"{name} must be {tuple(expected[name].shape)} beside the other tensors, "
-                f"has {tuple(tensor.shape)}"
+                f"{name} has shape {tuple(tensor.shape)}; expected "
+                f"{tuple(expected[name].shape)} beside the other tensors."
             )
-    missing = [name for name in expected if name not in tensors and name != GRID]
+    missing = [name for name in expected if name not in tensors and name not in FORM]
     return missing, [name for name in tensors if name not in expected]

@@ -52,12 +52,16 @@ def read_state_dict(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> S
         with path.open("rb") as file:
             head = file.read(9)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        raise UserError(
+            f"{path} cannot be read: {error.strerror}; expected a checkpoint."
+        ) from error
     if safetensors.recognises(head):
         return safetensors.read(path)
     # A zip archive, or the bare pickle of torch < 1.6.
     if not head.startswith((b"PK\x03\x04", b"\x80\x02")):
-        raise UserError(f"{path} is not a checkpoint: neither torch.save nor safetensors wrote it")
+        raise UserError(
+            f"{path} is not a checkpoint; expected a file of torch.save or safetensors."
+        )
     try:
         with torch.serialization.safe_globals(_numpy_globals()):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -65,10 +69,12 @@ def read_state_dict(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> S
         code = re.search(r"GLOBAL (\w\S*)", str(error))
         if code:
             raise UserError(
-                f"{path} needs code to unpickle ({code[1]}), which is refused: "
-                "save its state_dict alone"
+                f"{path} needs code to unpickle ({code[1]}), which is not run; expected a "
+                "state_dict saved alone."
             ) from error
-        raise UserError(f"{path} is truncated or damaged: torch.load cannot read it") from error
+        raise UserError(
+            f"{path} is truncated or damaged; expected a file that torch.load can read."
+        ) from error
     return _state_dict(content, str(path))
 
 
@@ -89,7 +95,7 @@ def write_state_dict(path: Path, state_dict: StateDict, *, wrap: bool) -> None:
         try:
             torch.save({"state_dict": state_dict} if wrap else state_dict, part)
         except RuntimeError as error:  # how torch.save reports what the system refuses
-            raise UserError(f"cannot write {path}: {error}") from error
+            raise UserError(f"{path} cannot be written: {error}.") from error
 
 
 def _state_dict(content: object, where: str) -> StateDict:
@@ -108,7 +114,7 @@ def _state_dict(content: object, where: str) -> StateDict:
                 name.removeprefix("module.") if wrapped else name: tensor
                 for name, tensor in tensors.items()
             }
-    raise UserError(f"{where} holds no state_dict: no mapping from names to tensors was found")
+    raise UserError(f"{where} holds no state_dict; expected a mapping from names to tensors.")
 
 
 def _numpy_globals() -> list[Any]:

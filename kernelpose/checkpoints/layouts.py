@@ -1,6 +1,7 @@
 """The four layouts: how each is recognised, brought into ours, and written from ours.
 
-Ours is the official one with the grid of the position table (backbone.pos_grid), any number of
+Ours is the official one with what no shape tells (backbone.pos_grid, the grid of the position
+table; for other than the released form backbone.windows and backbone.patch_stride), any number of
 decoders by name (keypoint_heads.<data set>), and without experts.
 """
 
@@ -23,6 +24,9 @@ from kernelpose.errors import UserError
 
 POSITIONS = "backbone.pos_embed"
 GRID = "backbone.pos_grid"
+WINDOWS = "backbone.windows"
+STRIDE = "backbone.patch_stride"
+FORM = (GRID, WINDOWS, STRIDE)  # what our layout alone records
 TRANSFORMERS_EPS = 1e-12  # of its layer norms; 1e-6 everywhere else
 
 
@@ -68,8 +72,7 @@ class Layout:
         tensors = self.disassemble(dict(tensors))
         if self.renaming is None:
             return tensors, []
-        tensors.pop(GRID, None)
-        named = {name: self.renaming.theirs(name) for name in tensors}
+        named = {name: self.renaming.theirs(name) for name in tensors if name not in FORM}
         state_dict = {theirs: tensors[ours] for ours, theirs in named.items() if theirs}
         return state_dict, [ours for ours, theirs in named.items() if theirs is None]
 
@@ -134,8 +137,12 @@ class Transformers(Layout):
         for name in [name for name in tensors if ".attn.query." in name]:
             thirds = [name.replace(".query.", f".{third}.") for third in _THIRDS]
             for third in thirds:
-                if third not in tensors or tensors[third].shape != tensors[name].shape:
-                    raise UserError(f"checkpoint must have {third} in the shape of its query")
+                shape = tuple(tensors[third].shape) if third in tensors else None
+                if shape != tuple(tensors[name].shape):
+                    raise UserError(
+                        f"{third} {'is missing' if shape is None else f'has shape {shape}'}; "
+                        f"expected {tuple(tensors[name].shape)}, as {name}."
+                    )
             joined = torch.cat([tensors.pop(third) for third in thirds])
             tensors[name.replace(".query.", ".qkv.")] = joined
         imported.notes += merge_experts(tensors, dataset)
@@ -147,7 +154,7 @@ class Transformers(Layout):
         )
         if deconvs not in (0, 2):
             raise UserError(
-                f"checkpoint must have 2 deconvolutions or none for transformers, has {deconvs}"
+                f"checkpoint has {deconvs} deconvolutions; expected 2 or none for transformers."
             )
         for name in [name for name in tensors if ".attn.qkv." in name]:
             for third, part in zip(_THIRDS, tensors.pop(name).chunk(3), strict=True):
@@ -171,4 +178,4 @@ def detect_layout(names: Iterable[str]) -> Layout:
         if layout.mark in present:
             return layout
     some = ", ".join(sorted(present)[:3])
-    raise UserError(f"checkpoint must be ViTPose's in the layout {', '.join(LAYOUTS)}, has {some}")
+    raise UserError(f"checkpoint holds {some}; expected ViTPose's, in one of {', '.join(LAYOUTS)}.")

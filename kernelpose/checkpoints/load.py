@@ -10,11 +10,14 @@ import torch
 from torch import nn
 
 from kernelpose.checkpoints.files import StateDict, read_state_dict
-from kernelpose.checkpoints.infer import source_grid
+from kernelpose.checkpoints.infer import recorded_attention, source_grid
 from kernelpose.checkpoints.layouts import (
+    FORM,
     GRID,
     POSITIONS,
+    STRIDE,
     TRANSFORMERS_EPS,
+    WINDOWS,
     Imported,
     detect_layout,
 )
@@ -63,6 +66,7 @@ def load_checkpoint(
     if isinstance(encoder, VisionTransformer):
         if POSITIONS in tensors:
             _fit_positions(imported, tensors, encoder.grid, grid)
+        _keep_form(imported, tensors, own)
         eps = encoder.last_norm.eps
         if imported.layout == "transformers" and eps != TRANSFORMERS_EPS:
             imported.notes.append(
@@ -70,19 +74,21 @@ def load_checkpoint(
             )
     matched = {name: tensor for name, tensor in tensors.items() if name in own}
     if not matched:
-        raise UserError(f"checkpoint must fit the model, but none of its {len(tensors)} tensors do")
+        raise UserError(
+            f"checkpoint holds {len(tensors)} tensors; expected some that the model has."
+        )
     for name, tensor in matched.items():
         if tensor.shape != own[name].shape:
-            advice = "; head=False loads the encoder alone" if name.startswith(_DECODERS) else ""
+            advice = " (head=False loads the encoder alone)" if name.startswith(_DECODERS) else ""
             raise UserError(
-                f"{name} must be {tuple(own[name].shape)} for the model, "
-                f"the checkpoint has {tuple(tensor.shape)}{advice}"
+                f"{name} has shape {tuple(tensor.shape)}; expected the model's "
+                f"{tuple(own[name].shape)}{advice}."
             )
     model.load_state_dict(matched, strict=False)
     return CheckpointReport(
         imported.layout,
-        # Not the grid that was put beside the table for a layout that does not record it.
-        tuple(name for name in matched if name != GRID or GRID in state_dict),
+        # Not what was put beside the parameters for a layout that does not record it.
+        tuple(name for name in matched if name not in FORM or name in state_dict),
         tuple(name for name in own if name not in matched),
         tuple(imported.left_over) + tuple(name for name in tensors if name not in own),
         tuple(imported.notes),
@@ -126,8 +132,9 @@ def _fit_positions(
         if tokens == model_grid[0] * model_grid[1]:
             if guess not in (None, model_grid):
                 raise UserError(
-                    f"grid must be given for a position table of {tokens} tokens, which may be "
-                    f"{_by(guess or model_grid)} or the model's {_by(model_grid)}"
+                    f"grid is None; expected (rows, columns) of a position table of {tokens} "
+                    f"tokens, which may be {_by(guess or model_grid)} or the model's "
+                    f"{_by(model_grid)}."
                 )
             grid = model_grid
     source = source_grid(tensors, grid)
@@ -135,6 +142,25 @@ def _fit_positions(
     if source != model_grid:
         tensors[POSITIONS] = resize_position_table(table, source, model_grid)
         imported.notes.append(f"position table resized from {_by(source)} to {_by(model_grid)}")
+
+
+def _keep_form(imported: Imported, tensors: StateDict, own: StateDict) -> None:
+    """Lets the model keep its own form, and says so where the checkpoint records another."""
+    if imported.layout == "kernelpose":
+        theirs, mine = recorded_attention(tensors), recorded_attention(own)
+        if theirs != mine:
+            imported.notes.append(
+                f"trained with {_in_words(theirs)}, the model has {_in_words(mine)}"
+            )
+    for name in (WINDOWS, STRIDE):
+        tensors.pop(name, None)
+        if name in own:
+            tensors[name] = own[name]
+
+
+def _in_words(attention: dict[str, Any]) -> str:
+    options = attention or {"attention": "full"}
+    return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
 
 def _by(grid: tuple[int, int]) -> str:

@@ -35,17 +35,17 @@ def merge_experts(tensors: StateDict, dataset: str | None) -> list[str]:
         return []
     dataset = dataset or DATASETS[0]
     if dataset not in DATASETS:
-        raise UserError(f"dataset must be one of {', '.join(DATASETS)}, got {dataset!r}")
+        raise UserError(f"dataset is {dataset!r}; expected one of {', '.join(DATASETS)}.")
     number = DATASETS.index(dataset)
     for mlp, kind in dict.fromkeys((match[1], match[3]) for match in found.values()):
         shared, expert = f"{mlp}.fc2.{kind}", f"{mlp}.experts.{number}.{kind}"
         for name in (shared, expert):
             if name not in tensors:
-                raise UserError(f"checkpoint must have {name} for the data set {dataset}")
+                raise UserError(f"{name} is missing; expected for the data set {dataset}.")
         if tensors[shared].shape[1:] != tensors[expert].shape[1:]:
             raise UserError(
-                f"{expert} must fit {shared} {tuple(tensors[shared].shape)}, "
-                f"got {tuple(tensors[expert].shape)}"
+                f"{expert} has shape {tuple(tensors[expert].shape)}; expected one that fits "
+                f"{shared}, {tuple(tensors[shared].shape)}."
             )
         tensors[shared] = torch.cat([tensors[shared], tensors[expert]])
     for name in found:
@@ -80,7 +80,7 @@ def select_decoder(tensors: StateDict, dataset: str | None) -> StateDict:
         return tensors
     dataset = dataset or DATASETS[0]
     if dataset not in names:
-        raise UserError(f"dataset must be one of {', '.join(names)}, got {dataset!r}")
+        raise UserError(f"dataset is {dataset!r}; expected one of {', '.join(names)}.")
     chosen = f"{HEADS}{dataset}."
     return {
         name.replace(chosen, HEAD, 1): tensor
@@ -112,8 +112,8 @@ def join_decoders(tensors: StateDict) -> StateDict:
         return tensors
     if set(names) != set(DATASETS[: len(names)]):
         raise UserError(
-            f"decoders must be {', '.join(DATASETS)} or the first of them for the official "
-            f"layout, got {', '.join(names)}: choose one with dataset"
+            f"dataset is None for decoders of {', '.join(names)}; expected one of them, as the "
+            f"official layout names {', '.join(DATASETS)} alone, without a gap."
         )
     prefixes = {
         f"{HEADS}{name}.": f"{_ASSOCIATE}{number - 1}." if number else HEAD

@@ -50,7 +50,9 @@ def read(path: Path) -> dict[str, torch.Tensor]:
         header.pop("__metadata__", None)
         return {name: _tensor(data[start:], **entry) for name, entry in header.items()}
     except _DAMAGE as error:
-        raise UserError(f"{path} is truncated or damaged: its header does not fit it") from error
+        raise UserError(
+            f"{path} is truncated or damaged; expected a header that fits it."
+        ) from error
 
 
 def write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -62,7 +64,9 @@ def write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     end = 0
     for name, tensor in tensors.items():
         if tensor.dtype not in _NAMES:
-            raise UserError(f"{name} has dtype {tensor.dtype}, which safetensors cannot hold")
+            raise UserError(
+                f"{name} is {tensor.dtype}; expected a dtype that safetensors can hold."
+            )
         begin, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {
             "dtype": _NAMES[tensor.dtype],
@@ -86,9 +90,9 @@ def _tensor(
     begin, end = data_offsets
     kind = _DTYPES[dtype]
     if any(side < 0 for side in shape):
-        raise ValueError(f"shape must not have negative sides, got {shape}")
+        raise ValueError(f"shape is {shape}; expected no negative sides.")
     if not 0 <= begin <= end <= len(data) or end - begin != math.prod(shape) * kind.itemsize:
-        raise ValueError(f"bytes {begin} to {end} do not hold {dtype} {shape}")
+        raise ValueError(f"data_offsets are {begin}, {end}; expected the bytes of {dtype} {shape}.")
     # A copy, as the bytes of a tensor need not be aligned to its type.
     tensor = torch.empty(shape, dtype=kind)
     if tensor.numel():

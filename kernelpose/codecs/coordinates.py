@@ -45,12 +45,13 @@ def check_keypoints(keypoints: Tensor, visible: Tensor) -> None:
     """Raise ValueError unless keypoints is a float (B, K, 2) and visible (B, K)."""
     if keypoints.dim() != 3 or keypoints.shape[-1] != 2 or not keypoints.is_floating_point():
         raise ValueError(
-            f"keypoints must be a floating-point (B, K, 2) tensor, "
-            f"got {keypoints.dtype} {tuple(keypoints.shape)}"
+            f"keypoints is {keypoints.dtype} {tuple(keypoints.shape)}; expected a floating-point "
+            "(B, K, 2) tensor."
         )
     if visible.shape != keypoints.shape[:2]:
         raise ValueError(
-            f"visible must be (B, K) = {tuple(keypoints.shape[:2])}, got {tuple(visible.shape)}"
+            f"visible has shape {tuple(visible.shape)}; expected {tuple(keypoints.shape[:2])}, "
+            "(B, K) of keypoints."
         )
 
 

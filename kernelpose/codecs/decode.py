@@ -46,13 +46,13 @@ def decode_heatmap(
     """
     if heatmaps.dim() != 4 or not heatmaps.is_floating_point() or 0 in heatmaps.shape[2:]:
         raise ValueError(
-            "heatmaps must be a floating-point (B, K, h, w) tensor with h, w > 0, "
-            f"got {heatmaps.dtype} {tuple(heatmaps.shape)}"
+            f"heatmaps is {heatmaps.dtype} {tuple(heatmaps.shape)}; expected a floating-point "
+            "(B, K, h, w) tensor, h, w >= 1."
         )
     if mode not in DECODE_MODES:
-        raise ValueError(f"mode must be one of {', '.join(DECODE_MODES)}, got {mode!r}")
+        raise ValueError(f"mode is {mode!r}; expected one of {', '.join(DECODE_MODES)}.")
     if blur_kernel < 1 or blur_kernel % 2 == 0:
-        raise ValueError(f"blur_kernel must be a positive odd number, got {blur_kernel}")
+        raise ValueError(f"blur_kernel is {blur_kernel}; expected a positive odd number.")
     heatmaps = heatmaps.float()
     width = heatmaps.shape[-1]
     scores, index = heatmaps.flatten(2).max(-1)

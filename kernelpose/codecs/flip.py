@@ -23,7 +23,7 @@ def flip_back(
     order = list(range(joints))
     for left, right in flip_pairs:
         if not (0 <= left < joints and 0 <= right < joints):
-            raise ValueError(f"flip_pairs must hold joints below {joints}, got ({left}, {right})")
+            raise ValueError(f"flip_pairs holds ({left}, {right}); expected joints below {joints}.")
         order[left], order[right] = right, left
     maps = flipped.flip(-1)[:, order]
     if shift:
@@ -41,7 +41,7 @@ def flip_merge(
     """Mean of the heatmaps of an input and those of its mirror image (`flip_back`)."""
     if heatmaps.shape != flipped.shape:
         raise ValueError(
-            "heatmaps and flipped must have one shape, "
-            f"got {tuple(heatmaps.shape)} and {tuple(flipped.shape)}"
+            f"flipped has shape {tuple(flipped.shape)}; expected {tuple(heatmaps.shape)}, "
+            "as heatmaps."
         )
     return (heatmaps + flip_back(flipped, flip_pairs, shift=shift)) / 2

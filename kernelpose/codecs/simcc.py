@@ -40,7 +40,7 @@ def encode_simcc(
     """
     check_keypoints(keypoints, visible)
     if smoothing not in ("gaussian", "standard"):
-        raise ValueError(f"smoothing must be 'gaussian' or 'standard', got {smoothing!r}")
+        raise ValueError(f"smoothing is {smoothing!r}; expected 'gaussian' or 'standard'.")
     gaussian = smoothing == "gaussian"
     sigmas = sigma if isinstance(sigma, tuple) else (sigma, sigma)
     bins = [round(length * split_ratio) for length in reversed(input_size)]
@@ -83,8 +83,8 @@ def decode_simcc(
     """
     if logits_x.dim() != 3 or logits_x.shape[:2] != logits_y.shape[:2] or logits_y.dim() != 3:
         raise ValueError(
-            "logits_x and logits_y must be (B, K, bins) with the same B and K, "
-            f"got {tuple(logits_x.shape)} and {tuple(logits_y.shape)}"
+            f"logits_x and logits_y have shapes {tuple(logits_x.shape)} and "
+            f"{tuple(logits_y.shape)}; expected (B, K, bins) with the same B and K."
         )
     best_x, index_x = logits_x.float().max(-1)
     best_y, index_y = logits_y.float().max(-1)

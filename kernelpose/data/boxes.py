@@ -20,7 +20,9 @@ def box_to_center_scale(
         center (N, 2) and scale (N, 2) as (width, height), float32, in image pixels.
     """
     if boxes.dim() != 2 or boxes.shape[1] != 4:
-        raise ValueError(f"boxes must be (N, 4) as x, y, width, height, got {tuple(boxes.shape)}")
+        raise ValueError(
+            f"boxes has shape {tuple(boxes.shape)}; expected (N, 4), x, y, width, height."
+        )
     # Corners in float64, the rest in float32: the order of mmpose, equal to the last bit.
     boxes = boxes.double()
     low, high = boxes[:, :2].float(), (boxes[:, :2] + boxes[:, 2:]).float()

@@ -48,18 +48,20 @@ def read_detections(path: str | os.PathLike[str]) -> list[Detection]:
         with Path(path).open(encoding="utf-8") as file:
             entries = json.load(file)
     except OSError as error:
-        raise UserError(f"cannot read the boxes file {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"the boxes file {path} is not JSON: {error}") from error
-    if not isinstance(entries, list):
         raise UserError(
-            f"the boxes file {path} must hold a list of COCO detections, got {_json_type(entries)}"
-        )
+            f"{path} cannot be read: {error.strerror}; expected a file of boxes."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path} is not JSON ({error}); expected a list of COCO detections."
+        ) from error
+    if not isinstance(entries, list):
+        raise UserError(f"{path} is {_json_type(entries)}; expected a list of COCO detections.")
     detections = []
     for number, entry in enumerate(entries):
-        where = f"the boxes file {path}, entry {number}"
+        where = f"entry {number} of {path}"
         if not isinstance(entry, dict):
-            raise UserError(f"{where}: must be an object, got {_json_type(entry)}")
+            raise UserError(f"{where} is {_json_type(entry)}; expected an object.")
         if entry.get("category_id", PERSON_CATEGORY) == PERSON_CATEGORY:
             detections.append(_detection(entry, where))
     return detections
@@ -94,19 +96,19 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
 def _detection(entry: dict[str, Any], where: str) -> Detection:
     box = entry.get("bbox")
     if not (isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))):
-        raise UserError(f"{where}: bbox must be four finite numbers x, y, w, h, got {box!r}")
+        raise UserError(f"bbox of {where} is {box!r}; expected four finite numbers x, y, w, h.")
     if box[2] <= 0 or box[3] <= 0:
-        raise UserError(f"{where}: bbox must have a positive width and height, got {box!r}")
+        raise UserError(f"bbox of {where} is {box!r}; expected a positive width and height.")
     score = entry.get("score", 1.0)
     if not _is_number(score):
-        raise UserError(f"{where}: score must be a finite number, got {score!r}")
+        raise UserError(f"score of {where} is {score!r}; expected a finite number.")
     image_id, file_name = entry.get("image_id"), entry.get("file_name")
     if isinstance(image_id, bool) or not isinstance(image_id, int | str | None):
-        raise UserError(f"{where}: image_id must be an integer or a string, got {image_id!r}")
+        raise UserError(f"image_id of {where} is {image_id!r}; expected an integer or a string.")
     if not isinstance(file_name, str | None):
-        raise UserError(f"{where}: file_name must be a string, got {file_name!r}")
+        raise UserError(f"file_name of {where} is {file_name!r}; expected a string.")
     if image_id is None and file_name is None:
-        raise UserError(f"{where}: names no image; image_id or file_name is needed")
+        raise UserError(f"{where} names no image; expected an image_id or a file_name.")
     x, y, width, height = map(float, box)
     return Detection((x, y, width, height), float(score), image_id, file_name)
 

@@ -27,11 +27,11 @@ def crop_image(image: Tensor, matrices: Tensor, output_size: tuple[int, int]) ->
     """
     if image.dim() != 3 or image.dtype != torch.uint8 or 0 in image.shape:
         raise ValueError(
-            f"image must be a non-empty (H, W, C) uint8 tensor, got {image.dtype} "
-            f"{tuple(image.shape)}"
+            f"image is {image.dtype} {tuple(image.shape)}; expected a non-empty (H, W, C) uint8 "
+            "tensor."
         )
     if matrices.dim() != 3 or matrices.shape[1:] != (2, 3):
-        raise ValueError(f"matrices must be (N, 2, 3), got {tuple(matrices.shape)}")
+        raise ValueError(f"matrices has shape {tuple(matrices.shape)}; expected (N, 2, 3).")
     x, y = _source_coordinates(matrices.to(image.device), output_size)
     left, top = x.floor(), y.floor()
     along, down = (x - left)[..., None], (y - top)[..., None]

@@ -19,15 +19,15 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     if not path.name:
-        raise UserError(f"cannot write {path}: it is a directory")
+        raise UserError(f"{path} is a directory; expected a file to write.")
     if not path.parent.is_dir():
-        raise UserError(f"cannot write {path}: {path.parent} is not a directory")
+        raise UserError(f"{path} cannot be written; expected {path.parent} to be a directory.")
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         yield partial
         partial.replace(path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -41,4 +41,4 @@ def make_directory(path: str | os.PathLike[str]) -> None:
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make the directory {path}: {error.strerror}") from error
+        raise UserError(f"{path} cannot be made a directory: {error.strerror}.") from error

@@ -24,7 +24,7 @@ def pillow(module: str) -> Any:
         return importlib.import_module(f"PIL.{module}")
     except ImportError as error:
         raise UserError(
-            f"reading and drawing pictures needs Pillow ({error}): pip install kernelpose[predict]"
+            f"Pillow is missing ({error}); expected for pictures: pip install kernelpose[predict]."
         ) from error
 
 
@@ -48,7 +48,7 @@ def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
         width, height = image.size
         orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
     if width == 0 or height == 0:
-        raise UserError(f"{path} is a picture without pixels: {width}x{height}")
+        raise UserError(f"{path} is a picture of {width}x{height}; expected one with pixels.")
     return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
 
 
@@ -56,14 +56,18 @@ def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
 def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
     image_module = pillow("Image")
     if not Path(path).is_file():
-        raise UserError(f"no such image file: {path}")
+        raise UserError(f"{path} is no file; expected an image.")
     try:
         with image_module.open(path) as image:
             yield image
     except image_module.UnidentifiedImageError as error:
-        raise UserError(f"{path} is not an image that Pillow can read") from error
+        raise UserError(
+            f"{path} is no image that Pillow knows; expected a picture such as a JPEG or PNG."
+        ) from error
     except (OSError, SyntaxError, ValueError, image_module.DecompressionBombError) as error:
-        raise UserError(f"cannot read the image {path}: {error}") from error
+        raise UserError(
+            f"{path} is damaged or too large ({error}); expected a picture that Pillow can read."
+        ) from error
 
 
 def write_png(path: str | os.PathLike[str], pixels: NDArray[np.uint8]) -> None:

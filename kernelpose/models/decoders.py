@@ -81,12 +81,11 @@ def build_decoder(
     Raises ValueError for another name, and for a number of widths that does not reach `upsample`.
     """
     if not isinstance(num_keypoints, int) or num_keypoints < 1:
-        raise ValueError(f"num_keypoints must be an integer of at least 1, got {num_keypoints!r}")
+        raise ValueError(f"num_keypoints is {num_keypoints!r}; expected an integer of at least 1.")
     if name == "simple":
         if deconv_channels is not None:
             raise ValueError(
-                f"deconv_channels belongs to the classic decoder, got {tuple(deconv_channels)} "
-                "with decoder='simple'"
+                f"deconv_channels is {tuple(deconv_channels)}; expected None with decoder='simple'."
             )
         return SimpleDecoder(in_channels, num_keypoints, upsample)
     if name == "classic":
@@ -94,11 +93,11 @@ def build_decoder(
         channels = tuple(deconv_channels) if deconv_channels is not None else (256,) * layers
         if 2 ** len(channels) != upsample:
             raise ValueError(
-                f"deconv_channels must have {layers} widths to gain a factor of {upsample}, "
-                f"got {channels}"
+                f"deconv_channels is {channels}; expected {layers} widths, to gain a factor of "
+                f"{upsample}."
             )
         return ClassicDecoder(in_channels, num_keypoints, channels)
-    raise ValueError(f"decoder must be 'classic' or 'simple', got {name!r}")
+    raise ValueError(f"decoder is {name!r}; expected 'classic' or 'simple'.")
 
 
 def _init(decoder: nn.Module) -> None:

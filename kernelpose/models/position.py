@@ -21,8 +21,8 @@ def resize_position_table(
     rows, columns = grid
     if table.dim() != 3 or table.shape[0] != 1 or table.shape[1] != rows * columns + 1:
         raise ValueError(
-            f"table must be (1, {rows * columns + 1}, C) for a grid of {rows}x{columns}, "
-            f"got {tuple(table.shape)}"
+            f"table has shape {tuple(table.shape)}; expected (1, {rows * columns + 1}, C) for a "
+            f"grid of {rows}x{columns}."
         )
     if new_grid == grid:
         return table

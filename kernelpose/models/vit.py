@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -101,6 +102,10 @@ class VisionTransformer(nn.Module):
     table's length alone tells neither the aspect nor the orientation; a state_dict without it (the
     official layout) is taken to have this model's grid.
 
+    Two more buffers record what no parameter's shape tells, where it is not the released models'
+    choice: `windows` (`window_table`) if any layer attends within windows, `patch_stride` if it is
+    not 16. Loading a state_dict leaves both as they are: all forms share their parameters.
+
     Args:
         dim: width C.
         mlp_hidden: width of the hidden layer of the MLPs.
@@ -130,6 +135,10 @@ class VisionTransformer(nn.Module):
         self.grid = self.patch_embed.grid(image_size)
         self.pos_embed = nn.Parameter(torch.empty(1, self.grid[0] * self.grid[1] + 1, dim))
         self.register_buffer("pos_grid", torch.tensor(self.grid))
+        if any(attentions):
+            self.register_buffer("windows", window_table(attentions))
+        if patch_stride != PATCH_SIZE:
+            self.register_buffer("patch_stride", torch.tensor(patch_stride))
         last = max(len(attentions) - 1, 1)
         self.blocks = nn.ModuleList(
             Block(
@@ -163,15 +172,33 @@ class VisionTransformer(nn.Module):
         return features
 
 
+def window_table(attentions: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+    """The windows of each layer as integers (layers, 5), zeros for full attention.
+
+    The columns are rows and columns of a window, rows and columns of its shift, and whether each
+    window also sees the pooled ones.
+    """
+    rows = [
+        [*layer["window"], *layer["shift"], int(layer["pooled"])] if layer else [0] * 5
+        for layer in attentions
+    ]
+    return torch.tensor(rows)
+
+
 def _check_grid(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, *arguments: Any
 ) -> None:
-    """Lets an official state_dict load strictly, and refuses a table of another grid."""
+    """Lets a state_dict of the official layout or of another form load strictly, and refuses a
+    table of another grid."""
     assert isinstance(module, VisionTransformer)
     errors = arguments[-1]
+    for name in ("windows", "patch_stride"):
+        state_dict.pop(prefix + name, None)
+        if name in module._buffers:
+            state_dict[prefix + name] = module.get_buffer(name)
     grid = state_dict.setdefault(prefix + "pos_grid", torch.tensor(module.grid, device="cpu"))
     if tuple(grid.tolist()) != module.grid:
         errors.append(
-            f"{prefix}pos_embed has the grid {tuple(grid.tolist())}, the model {module.grid}: "
-            "kernelpose.load_checkpoint resizes it"
+            f"{prefix}pos_embed has the grid {tuple(grid.tolist())}; expected the model's "
+            f"{module.grid}, to which kernelpose.load_checkpoint resizes it."
         )

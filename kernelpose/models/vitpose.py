@@ -22,6 +22,9 @@ SIZES: dict[str, dict[str, Any]] = {
 
 ATTENTIONS = ("full", "window", "window+shift", "window+pool", "window+shift+pool")
 
+# By default, by patch_stride.
+_WINDOWS = {16: (8, 6), 8: (8, 8)}
+
 # What `freeze` takes from the released code: the parts of a block, and for "mlp" also what comes
 # before the blocks.
 _FREEZE = {
@@ -37,8 +40,9 @@ class ViTPose(nn.Module):
     The state_dict has the names of the released code (backbone.patch_embed.proj, pos_embed,
     blocks.i.{norm1, attn.qkv, attn.proj, norm2, mlp.fc1, mlp.fc2}, last_norm;
     keypoint_head.deconv_layers.*, final_layer), so that optimizers which group parameters by name
-    go on working. It differs in two places: the buffer backbone.pos_grid holds the (rows, columns)
-    of the position table, and several decoders are keypoint_heads.<data set>.*.
+    go on working. It differs in two places: buffers hold what no shape tells (backbone.pos_grid the
+    (rows, columns) of the position table, backbone.windows and backbone.patch_stride a form other
+    than the released one), and several decoders are keypoint_heads.<data set>.*.
 
     Args:
         embed_dim, depth, num_heads, mlp_ratio: sizes of the encoder.
@@ -80,19 +84,19 @@ class ViTPose(nn.Module):
     ) -> None:
         super().__init__()
         if patch_stride not in PATCH_PADDING:
-            raise ValueError(f"patch_stride must be 16 or 8, got {patch_stride}")
+            raise ValueError(f"patch_stride is {patch_stride}; expected 16 or 8.")
         if not _is_pair(image_size, patch_stride):
             raise ValueError(
-                f"image_size must be (height, width) of at least {patch_stride}, got {image_size}"
+                f"image_size is {image_size}; expected (height, width) of at least {patch_stride}."
             )
         if not 0.0 <= drop_path < 1.0:
-            raise ValueError(f"drop_path must lie in [0, 1), got {drop_path}")
+            raise ValueError(f"drop_path is {drop_path}; expected 0 <= drop_path < 1.")
         if isinstance(num_keypoints, Mapping) and (
             not num_keypoints or not all(map(_can_name_a_decoder, num_keypoints))
         ):
             raise ValueError(
-                "num_keypoints must name at least one data set, without a dot in the name and not "
-                f"as an attribute of nn.ModuleDict, got {dict(num_keypoints)}"
+                f"num_keypoints is {dict(num_keypoints)}; expected at least one data set, its name "
+                "without a dot and no attribute of nn.ModuleDict."
             )
         self.num_keypoints = num_keypoints
         self.image_size = tuple(image_size)
@@ -102,12 +106,11 @@ class ViTPose(nn.Module):
             mlp_hidden=round(embed_dim * mlp_ratio),
             image_size=image_size,
             patch_stride=patch_stride,
-            attentions=_layer_attentions(
-                attention,
+            attentions=layer_attentions(
                 depth,
-                window,
-                (8, 8) if patch_stride == 8 else (8, 6),
-                num_full_layers,
+                attention=attention,
+                window=_WINDOWS[patch_stride] if window is None and attention != "full" else window,
+                num_full_layers=num_full_layers,
             ),
             drop_path=drop_path,
             layer_norm_eps=layer_norm_eps,
@@ -141,11 +144,10 @@ class ViTPose(nn.Module):
         least = self.backbone.patch_embed.stride
         if images.dim() != 4 or images.shape[1] != 3 or min(images.shape[2:]) < least:
             raise ValueError(
-                f"images must be (B, 3, H, W) with sides of at least {least}, "
-                f"got {tuple(images.shape)}"
+                f"images has shape {tuple(images.shape)}; expected (B, 3, H, W), H, W >= {least}."
             )
         if not images.is_floating_point():
-            raise TypeError(f"images must be normalised and floating point, got {images.dtype}")
+            raise TypeError(f"images is {images.dtype}; expected normalised floating-point values.")
         head = self._head(dataset)
         heatmaps: torch.Tensor = head(self.backbone(images))
         return heatmaps
@@ -154,10 +156,12 @@ class ViTPose(nn.Module):
         if isinstance(self.num_keypoints, Mapping):
             if dataset is None or dataset not in self.num_keypoints:
                 names = ", ".join(self.num_keypoints)
-                raise ValueError(f"dataset must be one of {names}, got {dataset!r}")
+                raise ValueError(f"dataset is {dataset!r}; expected one of {names}.")
             return self.keypoint_heads[dataset]
         if dataset is not None:
-            raise ValueError(f"dataset must be None, as the model has one decoder, got {dataset!r}")
+            raise ValueError(
+                f"dataset is {dataset!r}; expected None, as the model has one decoder."
+            )
         return self.keypoint_head
 
     def freeze(self, *parts: str) -> None:
@@ -172,7 +176,7 @@ class ViTPose(nn.Module):
         """
         for part in parts:
             if part not in _FREEZE:
-                raise ValueError(f"parts must be of {', '.join(_FREEZE)}, got {part!r}")
+                raise ValueError(f"parts hold {part!r}; expected some of {', '.join(_FREEZE)}.")
         for name, parameter in self.backbone.named_parameters():
             if any(pattern in name for part in parts for pattern in _FREEZE[part]):
                 parameter.requires_grad_(False)
@@ -203,34 +207,29 @@ def _can_name_a_decoder(name: object) -> bool:
     )
 
 
-def _layer_attentions(
-    attention: str,
-    depth: int,
-    window: tuple[int, int] | None,
-    default_window: tuple[int, int],
-    num_full_layers: int,
+def layer_attentions(
+    depth: int, *, attention: str, window: tuple[int, int] | None, num_full_layers: int
 ) -> list[dict[str, Any]]:
-    """The arguments of `WindowAttention`, layer by layer."""
+    """The arguments of `WindowAttention`, layer by layer; arguments as `ViTPose` has them."""
     if attention not in ATTENTIONS:
-        raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}")
+        raise ValueError(f"attention is {attention!r}; expected one of {', '.join(ATTENTIONS)}.")
     if depth < 1:
-        raise ValueError(f"depth must be at least 1, got {depth}")
+        raise ValueError(f"depth is {depth}; expected at least 1.")
     if window is not None and not _is_pair(window, 1):
-        raise ValueError(f"window must be (rows, columns) of at least 1, got {window!r}")
+        raise ValueError(f"window is {window!r}; expected (rows, columns) of at least 1.")
     if attention == "full":
         if window is not None:
-            raise ValueError(
-                f"window belongs to the windowed forms, got {window} with attention='full'"
-            )
+            raise ValueError(f"window is {window}; expected None with attention='full'.")
         if num_full_layers:
             raise ValueError(
-                f"num_full_layers belongs to the windowed forms, got {num_full_layers} "
-                "with attention='full'"
+                f"num_full_layers is {num_full_layers}; expected 0 with attention='full'."
             )
         return [{} for _ in range(depth)]
-    window = window or default_window
+    assert window is not None
     if num_full_layers < 0 or (num_full_layers and depth % num_full_layers):
-        raise ValueError(f"num_full_layers must divide the depth {depth}, got {num_full_layers}")
+        raise ValueError(
+            f"num_full_layers is {num_full_layers}; expected 0 or a divisor of the depth {depth}."
+        )
     forms = attention.split("+")
     full_every = depth // num_full_layers if num_full_layers else depth + 1
     layers: list[dict[str, Any]] = []

@@ -34,7 +34,7 @@ def register(*names: str) -> Callable[[Builder], Builder]:
     def decorate(builder: Builder) -> Builder:
         for name in names:
             if name in _BUILDERS:
-                raise ValueError(f"model name {name!r} is registered twice")
+                raise ValueError(f"names hold {name!r}; expected one that is not registered yet.")
             _BUILDERS[name] = builder
         return builder
 
@@ -71,7 +71,7 @@ def create_model(
     if name not in _BUILDERS:
         near = difflib.get_close_matches(name, _BUILDERS, n=4, cutoff=0.5) or list(_BUILDERS)
         raise UserError(
-            f"model must be a name of list_models(), got {name!r}; near: {', '.join(near)}"
+            f"name is {name!r}; expected one of list_models(), such as {', '.join(near)}."
         )
     return _BUILDERS[name](
         name, num_keypoints=num_keypoints, image_size=image_size, decoder=decoder, **options

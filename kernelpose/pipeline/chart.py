@@ -26,7 +26,8 @@ def draw_chart(path: Path, comparisons: list[Comparison], caption: str) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError(
-            f"the chart needs matplotlib ({error}): pip install kernelpose[predict]"
+            f"matplotlib is missing ({error}); expected for the chart: "
+            "pip install kernelpose[predict]."
         ) from error
     bars = [len(comparison.milliseconds) for comparison in comparisons]
     figure = Figure(figsize=(9, 1.2 + 0.62 * len(bars) + 0.42 * sum(bars)), dpi=150)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 import kernelpose
-from kernelpose.checkpoints import infer_config
-from kernelpose.checkpoints.files import read_state_dict
-from kernelpose.checkpoints.plus import DATASETS
 from kernelpose.codecs import DECODE_MODES
 from kernelpose.data.boxes import box_to_center_scale, can_be_cropped
 from kernelpose.data.coco import (
@@ -30,14 +26,11 @@ from kernelpose.data.coco import (
 )
 from kernelpose.data.files import make_directory
 from kernelpose.data.images import read_image, read_size, write_png
-from kernelpose.data.skeletons import COCO
 from kernelpose.errors import UserError
-from kernelpose.models import ViTPose
-from kernelpose.models.vitpose import SIZES
+from kernelpose.pipeline.model import DEFAULT_MODEL, MODEL_OPTIONS, load_model, model_options
 from kernelpose.pipeline.overlay import Person, draw_poses
 from kernelpose.pipeline.predictor import Poses, Predictor
 
-DEFAULT_MODEL = "vitpose-b"
 RESULTS = "keypoints.json"
 # Detectors list dozens of boxes that are hardly anybody: COCO's evaluation wants them all in the
 # results, a picture does not.
@@ -62,6 +55,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--checkpoint", metavar="FILE", type=Path, help="weights, in any layout; random without"
+    )
+    parser.add_argument(
+        "--model-option",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="what neither a name nor a checkpoint of another layout tells, such as "
+        f"attention=window+shift or window=8,8; of {', '.join(MODEL_OPTIONS)}",
     )
     parser.add_argument(
         "--flip-test", action="store_true", help="average with the mirrored image: slower, better"
@@ -104,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
         [path for path in (*args.images, args.boxes, args.checkpoint) if path is not None],
         [args.out / name for name in (RESULTS, *(task.overlay for task in tasks))],
     )
-    model = load_model(args.model, args.checkpoint)
+    model = load_model(args.model, args.checkpoint, model_options(args.model_option))
     predictor = Predictor(model, flip_test=args.flip_test, decode=args.decode)
     make_directory(args.out)
     results: list[dict[str, Any]] = []
@@ -129,66 +130,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def load_model(name: str | None, checkpoint: Path | None) -> nn.Module:
-    """The model that a checkpoint describes, or a named one with random weights.
-
-    On the GPU if there is one. Says which. Random weights are the same on every call.
-
-    Args:
-        name: a name of `kernelpose.list_models()`; a checkpoint must be of its size.
-        checkpoint: a file in any layout; of several data sets' decoders, COCO's is taken.
-
-    Raises:
-        UserError: no such model, or a checkpoint that is none of 17 keypoints, of another size
-            than the name's, or without some of the tensors.
-    """
-    model = _random_model(name or DEFAULT_MODEL) if checkpoint is None else _read(name, checkpoint)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-
-
-def _random_model(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    model = kernelpose.create_model(name)
-    print(f"no --checkpoint: the weights of {name} are random, and so is what it finds")
-    return model
-
-
-def _read(name: str | None, checkpoint: Path) -> nn.Module:
-    if name is not None and name not in SIZES:
-        raise UserError(f"--model must be one of {', '.join(SIZES)} with a checkpoint, got {name}")
-    state_dict = read_state_dict(checkpoint)
-    config = infer_config(state_dict)
-    size = config["embed_dim"], config["depth"]
-    if name is not None and size != (SIZES[name]["embed_dim"], SIZES[name]["depth"]):
-        raise UserError(
-            f"{checkpoint} does not fit --model {name}: its width is {size[0]} and its depth "
-            f"{size[1]}"
-        )
-    joints = config["num_keypoints"]
-    if isinstance(joints, Mapping):
-        joints = joints.get(DATASETS[0], 0)
-    if joints != COCO.num_keypoints:
-        raise UserError(
-            f"{checkpoint} must find COCO's {COCO.num_keypoints} keypoints to be drawn and "
-            f"written, finds {joints}"
-        )
-    model = ViTPose(**{**config, "num_keypoints": joints})
-    report = kernelpose.load_checkpoint(model, state_dict)
-    if report.missing:
-        raise UserError(
-            f"{checkpoint} is no whole model: it lacks {len(report.missing)} tensors, "
-            f"{report.missing[0]} for one"
-        )
-    print(f"{checkpoint}: {report}")
-    return model
-
-
 def _refuse_to_overwrite(inputs: Sequence[Path], outputs: Sequence[Path]) -> None:
     read = {path.resolve(): path for path in inputs}
     for output in outputs:
         if output.resolve() in read:
             raise UserError(
-                f"--out must not make {output} replace the input {read[output.resolve()]}"
+                f"--out is {output.parent}; expected a folder where {output.name} does not replace "
+                f"the input {read[output.resolve()]}."
             )
 
 
@@ -211,16 +159,11 @@ def _tasks(paths: Sequence[Path], detections: list[Detection] | None) -> list[_T
         for detection in found:
             x, y, w, h = detection.box
             crop = box_to_center_scale(torch.tensor([detection.box], dtype=torch.float64), (1, 1))
+            box = f"a box of {path} is {', '.join(f'{side:g}' for side in detection.box)}"
             if not can_be_cropped(*crop).all():
-                raise UserError(
-                    f"a box of {path} is too small or too large to be cropped: "
-                    f"x, y, w, h = {', '.join(f'{side:g}' for side in detection.box)}"
-                )
+                raise UserError(f"{box}; expected one neither too small nor too large to crop.")
             if x >= width or y >= height or x + w <= 0 or y + h <= 0:
-                raise UserError(
-                    f"a box of {path} lies outside the {width}x{height} picture: "
-                    f"x, y, w, h = {', '.join(f'{side:g}' for side in detection.box)}"
-                )
+                raise UserError(f"{box}; expected one that meets the {width}x{height} picture.")
         boxes = [(detection.box, detection.score) for detection in found]
         whole = [((0.0, 0.0, float(width), float(height)), 1.0)]
         overlay = f"{path.stem}_pose.png"
@@ -238,7 +181,8 @@ def _with_progress(predictor: Predictor, tasks: list[_Task]) -> Iterator[tuple[_
         from tqdm import tqdm
     except ImportError as error:
         raise UserError(
-            f"the progress bar needs tqdm ({error}): pip install kernelpose[predict]"
+            f"tqdm is missing ({error}); expected for the progress bar: "
+            "pip install kernelpose[predict]."
         ) from error
     items = ((read_image(task.path), [box for box, _ in task.boxes]) for task in tasks)
     bar = tqdm(

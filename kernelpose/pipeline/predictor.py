@@ -51,11 +51,13 @@ class Predictor:
     ) -> None:
         size = image_size or getattr(model, "image_size", None)
         if size is None:
-            raise ValueError("image_size must be given for a model without that attribute")
+            raise ValueError(
+                "image_size is None; expected (height, width) for a model that does not name it."
+            )
         if decode not in DECODE_MODES:
-            raise ValueError(f"decode must be one of {', '.join(DECODE_MODES)}, got {decode!r}")
+            raise ValueError(f"decode is {decode!r}; expected one of {', '.join(DECODE_MODES)}.")
         if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+            raise ValueError(f"batch_size is {batch_size}; expected at least 1.")
         self.model = model.eval()
         self.image_size: tuple[int, int] = (int(size[0]), int(size[1]))
         self.skeleton = skeleton
@@ -99,7 +101,7 @@ class Predictor:
         device = next(self.model.parameters()).device
         pixels = _tensor(image).to(device)
         if pixels.dim() != 3 or pixels.shape[2] != 3:
-            raise ValueError(f"image must be (H, W, 3) RGB, got {tuple(pixels.shape)}")
+            raise ValueError(f"image has shape {tuple(pixels.shape)}; expected (H, W, 3), RGB.")
         if boxes is None:
             boxes = [[0, 0, pixels.shape[1], pixels.shape[0]]]
         boxes = _tensor(boxes).double()
@@ -108,8 +110,8 @@ class Predictor:
         center, scale = box_to_center_scale(boxes, self.image_size)
         if not (bool((boxes[:, 2:] > 0).all()) and bool(can_be_cropped(center, scale).all())):
             raise ValueError(
-                "boxes must be finite with a positive width and height, neither too small nor too "
-                f"large to be cropped, got {boxes.tolist()}"
+                f"boxes are {boxes.tolist()}; expected finite ones with a positive width and "
+                "height, neither too small nor too large to be cropped."
             )
         matrices = warp_matrix(center, scale, self.image_size)
         crops = crop_image(pixels, matrices, self.image_size)
@@ -125,7 +127,7 @@ class Predictor:
         heatmaps = self.model(images)
         if heatmaps.shape[1] != joints:
             raise ValueError(
-                f"skeleton must have the model's {heatmaps.shape[1]} keypoints, got {joints}"
+                f"skeleton has {joints} keypoints; expected {heatmaps.shape[1]}, as the model."
             )
         if self.flip_test:
             flipped = self.model(images.flip(-1))

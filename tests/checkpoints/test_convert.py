@@ -29,7 +29,7 @@ def test_each_layout_is_recognised(make: Make, layout: str) -> None:
 
 
 def test_another_model_is_not() -> None:
-    with pytest.raises(UserError, match=r"must be ViTPose's in the layout .* has conv1\.weight"):
+    with pytest.raises(UserError, match=r"holds conv1\.weight; expected ViTPose's"):
         detect_layout({"conv1.weight": torch.zeros(1)})
 
 
@@ -100,10 +100,10 @@ def test_the_grid_is_guessed_recorded_or_asked_for(make: Make) -> None:
     ours = {**state, grid: torch.tensor([2, 6])}
     assert convert_state_dict(ours, "kernelpose")[0][grid].tolist() == [2, 6]
     state["backbone.pos_embed"] = torch.zeros(1, 11, 12)
-    with pytest.raises(UserError, match="grid must be given for a position table of 10 tokens"):
+    with pytest.raises(UserError, match=r"grid is None; .* table of 10 tokens"):
         convert_state_dict(state, "kernelpose")
     assert convert_state_dict(state, "kernelpose", grid=(5, 2))[0][grid].tolist() == [5, 2]
-    with pytest.raises(UserError, match="must have 12 tokens for the grid 3x4, has 10"):
+    with pytest.raises(UserError, match="has 10 tokens; expected 12 for the grid 3x4"):
         convert_state_dict(state, "kernelpose", grid=(3, 4))
     convert_state_dict(state, "official")
 
@@ -161,7 +161,7 @@ def test_coco_is_the_default_and_an_unknown_data_set_is_named(make: Make) -> Non
     default, _ = convert_state_dict(state, "official")
     coco, _ = convert_state_dict(state, "official", dataset="coco")
     assert same(default, coco)
-    with pytest.raises(UserError, match=r"dataset must be one of coco, aic, .* got 'dogs'"):
+    with pytest.raises(UserError, match="dataset is 'dogs'; expected one of coco, aic"):
         convert_state_dict(state, "official", dataset="dogs")
 
 
@@ -175,13 +175,13 @@ def test_experts_of_transformers_are_merged_too(make: Make) -> None:
 
 
 def test_a_data_set_that_nothing_tells_apart_is_refused(make: Make) -> None:
-    with pytest.raises(UserError, match=r"dataset belongs to .*, got 'nope'"):
+    with pytest.raises(UserError, match="dataset is 'nope'; expected None"):
         convert_state_dict(make["official"](), "kernelpose", dataset="nope")
 
 
 def test_a_grid_of_no_numbers_is_refused(make: Make) -> None:
     state = {**make["kernelpose"](), "backbone.pos_grid": torch.tensor([float("nan"), 3])}
-    with pytest.raises(UserError, match=r"pos_grid must be \(rows, columns\), got \[nan"):
+    with pytest.raises(UserError, match=r"pos_grid is \[nan, 3.0\]; expected rows"):
         convert_state_dict(state, "kernelpose")
 
 
@@ -203,10 +203,57 @@ def test_decoders_that_the_official_layout_cannot_name_ask_for_one(make: Make) -
     for leaf in ("weight", "bias"):
         head = state.pop(f"keypoint_head.final_layer.{leaf}")
         state |= {f"keypoint_heads.{name}.final_layer.{leaf}": head for name in ("cat", "dog")}
-    with pytest.raises(UserError, match="got cat, dog: choose one with dataset"):
+    with pytest.raises(
+        UserError, match="dataset is None for decoders of cat, dog; expected one of them"
+    ):
         convert_state_dict(state, "official")
     converted, _ = convert_state_dict(state, "official", dataset="dog")
     assert converted.keys() == make["official"]("simple").keys()
+
+
+# Forms of attention
+
+
+def windowed(make: Make) -> StateDict:
+    """Two layers: within pooled windows of 2x3, then over the whole map."""
+    table = torch.tensor([[2, 3, 0, 0, 1], [0, 0, 0, 0, 0]])
+    return {**make["kernelpose"](), "backbone.windows": table}
+
+
+def test_windows_stay_in_our_layout_and_are_missed_in_others(make: Make, layout: str) -> None:
+    state = windowed(make)
+    converted, report = convert_state_dict(state, layout)
+    assert not report.left_over
+    if layout == "kernelpose":
+        assert same(converted, state)
+        assert not report.notes
+    else:
+        assert converted.keys() == make[layout]().keys()
+        note = f"the {layout} layout does not record that its attention is windowed"
+        assert note in report.notes
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        torch.tensor([[2, 3, 0, 0, 1]] * 3),  # of three layers
+        torch.tensor([[2, 3, 0, 0, 1], [4, 4, 0, 0, 1]]),  # of two sizes
+        torch.tensor([[2, 3, 2, 0, 1], [0, 0, 0, 0, 0]]),  # of another shift
+        torch.tensor([[0, 0, 0, 0, 0], [2, 3, 0, 0, 0]]),  # full where it is not
+        torch.tensor([[-2, 3, 0, 0, 0], [-2, 3, 0, 0, 0]]),
+        torch.tensor([[2, 3, 0, 0, float("nan")]] * 2),
+        torch.tensor(7),
+    ],
+)
+def test_windows_of_no_form_are_refused(make: Make, table: torch.Tensor) -> None:
+    with pytest.raises(UserError, match=r"backbone\.windows is .* of each of the 2 layers"):
+        convert_state_dict({**make["kernelpose"](), "backbone.windows": table}, "kernelpose")
+
+
+def test_a_stride_of_nothing_is_refused(make: Make) -> None:
+    state = {**make["kernelpose"]("simple"), "backbone.patch_stride": torch.tensor(4)}
+    with pytest.raises(UserError, match=r"backbone\.patch_stride is 4; expected 16 or 8"):
+        convert_state_dict(state, "kernelpose")
 
 
 # What is left over, missing or wrong
@@ -231,12 +278,16 @@ def test_an_encoder_alone_is_converted_and_its_decoder_reported_missing(make: Ma
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("backbone.blocks.1.attn.qkv.weight", (35, 12), r"must be \(36, 12\) .* has \(35, 12\)"),
-        ("keypoint_head.final_layer.bias", (4,), r"must be \(5,\) beside"),
-        ("backbone.pos_embed", (13, 12), "pos_embed with 3 dimensions, none empty, has shape"),
+        (
+            "backbone.blocks.1.attn.qkv.weight",
+            (35, 12),
+            r"has shape \(35, 12\); expected \(36, 12\)",
+        ),
+        ("keypoint_head.final_layer.bias", (4,), r"has shape \(4,\); expected \(5,\)"),
+        ("backbone.pos_embed", (13, 12), r"pos_embed has shape \(13, 12\); expected 3 dim"),
         ("backbone.pos_embed", (1, 1, 12), "grid"),
         ("backbone.blocks.0.mlp.fc1.weight", (0, 12), "none empty"),
-        ("backbone.blocks.7.norm1.weight", (12,), "number its 3 blocks without a gap, has block 7"),
+        ("backbone.blocks.7.norm1.weight", (12,), "numbers its 3 blocks up to 7; expected 0, 1"),
     ],
 )
 def test_a_wrong_shape_is_named(
@@ -252,7 +303,9 @@ def test_thirds_that_do_not_match_are_named(make: Make) -> None:
     state = make["transformers"]()
     name = "backbone.encoder.layer.0.attention.attention.key.weight"
     state[name] = state[name][:-1]
-    with pytest.raises(UserError, match=r"attn\.key\.weight in the shape of its query"):
+    with pytest.raises(
+        UserError, match=r"attn\.key\.weight has shape \(11, 12\); expected \(12, 12\)"
+    ):
         convert_state_dict(state, "official")
 
 
@@ -260,6 +313,8 @@ def test_transformers_has_two_deconvolutions(make: Make) -> None:
     state = make["official"]()
     state = {name: t for name, t in state.items() if "deconv_layers.3" not in name}
     state = {name: t for name, t in state.items() if "deconv_layers.4" not in name}
-    with pytest.raises(UserError, match="2 deconvolutions or none for transformers, has 1"):
+    with pytest.raises(
+        UserError, match="has 1 deconvolutions; expected 2 or none for transformers"
+    ):
         convert_state_dict(state, "transformers")
     assert "head.deconv_layers.0.weight" in convert_state_dict(state, "mmpose1")[0]

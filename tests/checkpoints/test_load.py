@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import kernelpose
 from kernelpose import UserError, load_checkpoint
 from kernelpose.checkpoints import infer_config
+from kernelpose.checkpoints.files import write_state_dict
 from kernelpose.models import ViTPose
 from kernelpose.models.position import resize_position_table
 
@@ -98,7 +100,7 @@ def test_a_table_that_suggests_no_grid_is_taken_to_have_the_models(make: Make) -
 def test_other_keypoints_are_refused_and_leave_the_model_alone(make: Make) -> None:
     model = mini(num_keypoints=9)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(UserError, match=r"final_layer\.weight must be \(9, 6, 1, 1\).*head=False"):
+    with pytest.raises(UserError, match=r"\(5, 6, 1, 1\); expected .*\(9, 6, 1, 1\).*head=False"):
         load_checkpoint(model, make["official"]())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     report = load_checkpoint(model, make["official"](), head=False)
@@ -112,9 +114,9 @@ def test_other_keypoints_are_refused_and_leave_the_model_alone(make: Make) -> No
 
 
 def test_a_checkpoint_of_another_model_is_refused(make: Make) -> None:
-    with pytest.raises(UserError, match="checkpoint must be ViTPose's"):
+    with pytest.raises(UserError, match=r"holds conv\.weight; expected ViTPose's"):
         load_checkpoint(mini(), {"conv.weight": torch.zeros(3)})
-    with pytest.raises(UserError, match="must fit the model, but none of its"):
+    with pytest.raises(UserError, match="holds 43 tensors; expected some that the model has"):
         load_checkpoint(torch.nn.Linear(2, 2), make["official"]())
 
 
@@ -208,6 +210,56 @@ def test_a_saved_model_is_rebuilt(patch_stride: int) -> None:
     assert torch.equal(rebuilt(x, dataset="dog"), model(x, dataset="dog"))
 
 
+FORMS: list[dict[str, Any]] = [
+    {"attention": "window", "window": (2, 3)},
+    {"attention": "window+shift", "window": (2, 2)},
+    {"attention": "window+pool", "window": (3, 2), "num_full_layers": 1},
+    {"attention": "window+shift+pool", "patch_stride": 8, "decoder": "simple"},
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=[form["attention"] for form in FORMS])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_saved_form_is_rebuilt(form: dict[str, Any], suffix: str, tmp_path: Path) -> None:
+    model = mini(**form, depth=4)
+    write_state_dict(tmp_path / f"k{suffix}", model.state_dict(), wrap=False)
+    config = infer_config(tmp_path / f"k{suffix}", num_heads=3)
+    rebuilt = ViTPose(**config).eval()
+    report = load_checkpoint(rebuilt, tmp_path / f"k{suffix}")
+    assert report.missing == report.left_over == report.notes == ()
+    x = torch.randn(2, 3, 64, 48)
+    assert torch.equal(rebuilt(x), model(x))
+    assert not torch.equal(mini(**{**form, "attention": "full", "window": None,
+                                   "num_full_layers": 0}, depth=4)(x), model(x))  # fmt: skip
+
+
+def test_a_model_keeps_its_own_form_and_the_report_says_so() -> None:
+    full, shifted = mini(depth=4), mini(depth=4, **FORMS[1])
+    for model, source, note in (
+        (
+            full,
+            shifted,
+            "trained with attention='window+shift', window=(2, 2), num_full_layers=0, "
+            "the model has attention='full'",
+        ),
+        (
+            shifted,
+            full,
+            "trained with attention='full', the model has attention='window+shift', "
+            "window=(2, 2), num_full_layers=0",
+        ),
+    ):
+        before = {name: t.clone() for name, t in model.state_dict().items() if "windows" in name}
+        report = load_checkpoint(model, source.state_dict())
+        assert report.notes == (note,)
+        assert report.missing == report.left_over == ()
+        # Also as PyTorch loads it, strictly.
+        model.load_state_dict(source.state_dict())
+        after = {name: t for name, t in model.state_dict().items() if "windows" in name}
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_released_sizes_know_their_heads() -> None:
     with torch.device("meta"):
         model = kernelpose.create_model("vitpose-s")
@@ -218,7 +270,7 @@ def test_released_sizes_know_their_heads() -> None:
 
 
 def test_what_no_shape_tells_is_asked_for(make: Make) -> None:
-    with pytest.raises(UserError, match="num_heads must be given for a width of 12"):
+    with pytest.raises(UserError, match="num_heads is None; expected a number for a width of 12"):
         infer_config(make["official"]())
     state = make["official"]("simple")
     assert infer_config(state, num_heads=3, patch_stride=8)["image_size"] == (32, 24)

@@ -171,11 +171,15 @@ def test_a_view_decodes_like_its_copy() -> None:
 @pytest.mark.parametrize(
     ("heatmaps", "options", "message"),
     [
-        (torch.zeros(17, 64, 48), {}, r"heatmaps must be .*\(17, 64, 48\)"),
-        (torch.zeros(1, 17, 0, 48), {}, "heatmaps must be"),
-        (torch.zeros(1, 1, 4, 4, dtype=torch.int32), {}, "heatmaps must be .*int32"),
-        (torch.zeros(1, 1, 4, 4), {"mode": "best"}, "mode must be one of mmpose1.*'best'"),
-        (torch.zeros(1, 1, 4, 4), {"blur_kernel": 4}, "blur_kernel must be .* odd.*4"),
+        (torch.zeros(17, 64, 48), {}, r"heatmaps is .*\(17, 64, 48\); expected"),
+        (torch.zeros(1, 17, 0, 48), {}, r"\(1, 17, 0, 48\); expected .* h, w >= 1"),
+        (
+            torch.zeros(1, 1, 4, 4, dtype=torch.int32),
+            {},
+            "heatmaps is torch.int32 .*; expected a floating",
+        ),
+        (torch.zeros(1, 1, 4, 4), {"mode": "best"}, "mode is 'best'; expected one of mmpose1"),
+        (torch.zeros(1, 1, 4, 4), {"blur_kernel": 4}, "blur_kernel is 4; expected a positive odd"),
     ],
 )
 def test_errors_name_the_argument(heatmaps: torch.Tensor, options, message: str) -> None:

@@ -114,9 +114,13 @@ def test_coordinates(udp: bool) -> None:
 @pytest.mark.parametrize(
     ("keypoints", "visible", "message"),
     [
-        (torch.zeros(17, 2), torch.ones(17), r"keypoints must be .*\(17, 2\)"),
-        (torch.zeros(1, 17, 2).long(), torch.ones(1, 17), "keypoints must be .*int64"),
-        (torch.zeros(1, 17, 2), torch.ones(1, 16), r"visible must be .*\(1, 17\), got \(1, 16\)"),
+        (torch.zeros(17, 2), torch.ones(17), r"keypoints is .*\(17, 2\); expected"),
+        (
+            torch.zeros(1, 17, 2).long(),
+            torch.ones(1, 17),
+            "keypoints is torch.int64 .*; expected a floating",
+        ),
+        (torch.zeros(1, 17, 2), torch.ones(1, 16), r"visible has .*\(1, 16\); expected \(1, 17\)"),
     ],
 )
 def test_errors_name_the_argument(keypoints, visible, message: str) -> None:

@@ -70,21 +70,21 @@ def test_matching(image_id, file_name, path: str, expected: bool) -> None:
         ("{", "is not JSON"),
         ("\x00", "is not JSON"),
         ("[" * 100_000, "is not JSON"),
-        ([{**GOOD, "bbox": [1, 2, 10**400, 4]}], "bbox must be four finite numbers"),
-        ({"annotations": []}, "must hold a list of COCO detections, got an object"),
-        ("3", "must hold a list of COCO detections, got a number"),
-        ("null", "must hold a list of COCO detections, got null"),
-        ([GOOD, 7], "entry 1: must be an object, got a number"),
-        ([{"image_id": 1}], "entry 0: bbox must be four finite numbers .* got None"),
-        ([{**GOOD, "bbox": [1, 2, 3]}], r"bbox must be four .* got \[1, 2, 3\]"),
-        ([{**GOOD, "bbox": [1, 2, "3", 4]}], "bbox must be four finite numbers"),
-        ([{**GOOD, "bbox": [1, 2, float("nan"), 4]}], "bbox must be four finite numbers"),
-        ([{**GOOD, "bbox": [1, 2, 0, 4]}], "bbox must have a positive width and height"),
-        ([{**GOOD, "bbox": [1, 2, 3, -4]}], "bbox must have a positive width and height"),
-        ([{**GOOD, "score": "high"}], "score must be a finite number, got 'high'"),
-        ([{**GOOD, "image_id": 1.5}], "image_id must be an integer or a string, got 1.5"),
-        ([{**GOOD, "file_name": 3}], "file_name must be a string, got 3"),
-        ([{"bbox": [0, 0, 1, 1]}], "entry 0: names no image"),
+        ([{**GOOD, "bbox": [1, 2, 10**400, 4]}], "bbox of .*; expected four finite numbers"),
+        ({"annotations": []}, "is an object; expected a list of COCO detections"),
+        ("3", "is a number; expected a list"),
+        ("null", "is null; expected a list"),
+        ([GOOD, 7], "entry 1 of .* is a number; expected an object"),
+        ([{"image_id": 1}], "bbox of entry 0 of .* is None; expected four finite numbers"),
+        ([{**GOOD, "bbox": [1, 2, 3]}], r"is \[1, 2, 3\]; expected four"),
+        ([{**GOOD, "bbox": [1, 2, "3", 4]}], "bbox of .*; expected four finite numbers"),
+        ([{**GOOD, "bbox": [1, 2, float("nan"), 4]}], "bbox of .*; expected four finite numbers"),
+        ([{**GOOD, "bbox": [1, 2, 0, 4]}], "bbox of .*; expected a positive width and height"),
+        ([{**GOOD, "bbox": [1, 2, 3, -4]}], "bbox of .*; expected a positive width and height"),
+        ([{**GOOD, "score": "high"}], "score of .* is 'high'; expected a finite number"),
+        ([{**GOOD, "image_id": 1.5}], "image_id of .* is 1.5; expected an integer or a string"),
+        ([{**GOOD, "file_name": 3}], "file_name of .* is 3; expected a string"),
+        ([{"bbox": [0, 0, 1, 1]}], "entry 0 of .* names no image; expected an image_id"),
     ],
 )
 def test_bad_files(tmp_path: Path, content, message: str) -> None:
@@ -95,7 +95,7 @@ def test_bad_files(tmp_path: Path, content, message: str) -> None:
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"cannot read the boxes file .*: No such file"):
+    with pytest.raises(UserError, match=r"none\.json cannot be read: No such file"):
         read_detections(tmp_path / "none.json")
     binary = tmp_path / "binary.json"
     binary.write_bytes(b"\xff\xfe\x00")

@@ -50,11 +50,11 @@ def test_what_is_no_picture(tmp_path: Path) -> None:
     empty = tmp_path / "empty.png"
     empty.touch()
     for path, message in (
-        (tmp_path / "none.jpg", "no such image file: .*none.jpg"),
-        (tmp_path, "no such image file"),
-        (text, "text.jpg is not an image"),
-        (empty, "empty.png is not an image"),
-        (cut, "cannot read the image .*cut.png"),
+        (tmp_path / "none.jpg", "none.jpg is no file; expected an image"),
+        (tmp_path, "is no file; expected an image"),
+        (text, "text.jpg is no image that Pillow knows"),
+        (empty, "empty.png is no image that Pillow knows"),
+        (cut, "cut.png is damaged or too large"),
     ):
         with pytest.raises(UserError, match=message) as error:
             read_image(path)
@@ -73,7 +73,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"cannot make the directory .*file/deeper"):
+    with pytest.raises(UserError, match=r"file/deeper cannot be made a directory"):
         make_directory(tmp_path / "file" / "deeper")
-    with pytest.raises(UserError, match=r"cannot write .*missing/a.png"):
+    with pytest.raises(UserError, match=r"missing/a\.png cannot be written"):
         write_png(tmp_path / "missing" / "a.png", COLORS)

@@ -42,9 +42,13 @@ def test_classic_is_deconvolutions_then_1x1(
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("simcc", {}, "decoder must be 'classic' or 'simple', got 'simcc'"),
-        ("classic", {"deconv_channels": (256,)}, "deconv_channels must have 2 widths"),
-        ("simple", {"deconv_channels": (256, 256)}, "deconv_channels belongs to the classic"),
+        ("simcc", {}, "decoder is 'simcc'; expected 'classic' or 'simple'"),
+        ("classic", {"deconv_channels": (256,)}, r"deconv_channels is \(256,\); expected 2 widths"),
+        (
+            "simple",
+            {"deconv_channels": (256, 256)},
+            r"deconv_channels is \(256, 256\); expected None",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(name: str, options: dict[str, object], message: str) -> None:
@@ -53,5 +57,5 @@ def test_wrong_arguments_are_named(name: str, options: dict[str, object], messag
 
 
 def test_no_keypoints_are_refused() -> None:
-    with pytest.raises(ValueError, match="num_keypoints must be an integer of at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_keypoints is 0; expected an integer"):
         build_decoder("simple", 8, 0, upsample=4)

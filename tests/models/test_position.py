@@ -49,7 +49,7 @@ def test_the_same_grid_is_the_same_table() -> None:
 
 
 def test_a_table_that_does_not_hold_the_grid_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"table must be \(1, 13, C\) for a grid of 4x3"):
+    with pytest.raises(ValueError, match=r"; expected \(1, 13, C\) for a grid of 4x3"):
         resize_position_table(table_of((4, 4)), (4, 3), (8, 6))
 
 

@@ -159,7 +159,7 @@ def test_another_image_size_uses_the_table_of_its_grid() -> None:
 
 
 def test_a_state_dict_of_another_grid_is_refused() -> None:
-    with pytest.raises(RuntimeError, match=r"the grid \(3, 4\), the model \(4, 3\)"):
+    with pytest.raises(RuntimeError, match=r"has the grid \(3, 4\); expected .* \(4, 3\)"):
         tiny().load_state_dict(tiny(image_size=(48, 64)).state_dict())
 
 
@@ -186,9 +186,9 @@ def test_each_data_set_has_its_decoder_on_one_encoder() -> None:
 @pytest.mark.parametrize("dataset", [None, "aic"])
 def test_an_unknown_data_set_is_named(dataset: str | None) -> None:
     model = tiny(num_keypoints={"coco": 17, "mpii": 16})
-    with pytest.raises(ValueError, match=f"dataset must be one of coco, mpii, got {dataset!r}"):
+    with pytest.raises(ValueError, match=f"dataset is {dataset!r}; expected one of coco, mpii"):
         model(image(), dataset=dataset)
-    with pytest.raises(ValueError, match="dataset must be None, as the model has one decoder"):
+    with pytest.raises(ValueError, match=r"dataset is .*; expected None, as the model has one"):
         tiny()(image(), dataset="coco")
 
 
@@ -256,7 +256,9 @@ def test_a_frozen_encoder_does_not_drop_paths_while_the_decoder_trains() -> None
 
 def test_an_unknown_part_is_named_and_nothing_frozen() -> None:
     model = tiny()
-    with pytest.raises(ValueError, match="parts must be of attention, mlp, encoder, got 'ffn'"):
+    with pytest.raises(
+        ValueError, match="parts hold 'ffn'; expected some of attention, mlp, encoder"
+    ):
         model.freeze("mlp", "ffn")
     assert all(parameter.requires_grad for parameter in model.parameters())
 
@@ -299,13 +301,13 @@ def test_an_empty_batch_gives_empty_heatmaps() -> None:
 @pytest.mark.parametrize(
     ("images", "error", "message"),
     [
-        (torch.zeros(2, 1, 64, 48), ValueError, r"images must be \(B, 3, H, W\).*\(2, 1, 64, 48\)"),
-        (torch.zeros(3, 64, 48), ValueError, r"images must be .* got \(3, 64, 48\)"),
-        (torch.zeros(1, 3, 8, 48), ValueError, "sides of at least 16"),
+        (torch.zeros(2, 1, 64, 48), ValueError, r"\(2, 1, 64, 48\); expected \(B, 3, H, W\)"),
+        (torch.zeros(3, 64, 48), ValueError, r"images has shape \(3, 64, 48\); expected"),
+        (torch.zeros(1, 3, 8, 48), ValueError, "H, W >= 16"),
         (
             torch.zeros(1, 3, 64, 48, dtype=torch.uint8),
             TypeError,
-            "floating point, got torch.uint8",
+            "images is torch.uint8; expected .*floating-point",
         ),
     ],
 )
@@ -317,23 +319,29 @@ def test_wrong_images_are_named(images: torch.Tensor, error: type[Exception], me
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"patch_stride": 4}, "patch_stride must be 16 or 8, got 4"),
-        ({"image_size": (8, 8)}, r"image_size must be .* got \(8, 8\)"),
-        ({"drop_path": 1.0}, r"drop_path must lie in \[0, 1\), got 1.0"),
-        ({"attention": "sparse"}, "attention must be one of full, window, .* got 'sparse'"),
-        ({"attention": "window", "num_full_layers": 3}, "must divide the depth 2, got 3"),
-        ({"num_full_layers": 2}, "num_full_layers belongs to the windowed forms"),
-        ({"num_keypoints": {}}, "num_keypoints must name at least one data set"),
+        ({"patch_stride": 4}, "patch_stride is 4; expected 16 or 8"),
+        ({"image_size": (8, 8)}, r"image_size is \(8, 8\); expected .* 16"),
+        ({"drop_path": 1.0}, "drop_path is 1.0; expected 0 <= drop_path < 1"),
+        ({"attention": "sparse"}, "attention is 'sparse'; expected one of full, window"),
+        (
+            {"attention": "window", "num_full_layers": 3},
+            "num_full_layers is 3; .* divisor of the depth 2",
+        ),
+        ({"num_full_layers": 2}, "num_full_layers is 2; expected 0 with attention='full'"),
+        ({"num_keypoints": {}}, "num_keypoints is {}; expected at least one data set"),
         ({"num_keypoints": {"a.b": 3}}, "without a dot"),
-        ({"num_keypoints": {"type": 3}}, "not as an attribute of nn.ModuleDict, got"),
-        ({"num_keypoints": {"": 3}}, "num_keypoints must name at least one"),
-        ({"num_keypoints": "17"}, "num_keypoints must be an integer of at least 1, got '17'"),
-        ({"image_size": 256}, r"image_size must be \(height, width\) .* got 256"),
-        ({"depth": 0}, "depth must be at least 1, got 0"),
-        ({"attention": "window", "num_full_layers": -2}, "num_full_layers must divide .* got -2"),
-        ({"attention": "window", "window": (0, 8)}, r"window must be .* got \(0, 8\)"),
-        ({"attention": "window", "window": 8}, r"window must be \(rows, columns\) .* got 8"),
-        ({"window": (8, 8)}, "window belongs to the windowed forms"),
+        ({"num_keypoints": {"type": 3}}, "no attribute of nn.ModuleDict"),
+        ({"num_keypoints": {"": 3}}, "num_keypoints is .*; expected at least one"),
+        ({"num_keypoints": "17"}, "num_keypoints is '17'; expected an integer"),
+        ({"image_size": 256}, r"image_size is 256; expected \(height, width\)"),
+        ({"depth": 0}, "depth is 0; expected at least 1"),
+        ({"attention": "window", "num_full_layers": -2}, "num_full_layers is -2; expected 0 or"),
+        (
+            {"attention": "window", "window": (0, 8)},
+            r"window is \(0, 8\); expected \(rows, columns\)",
+        ),
+        ({"attention": "window", "window": 8}, r"window is 8; expected \(rows, columns\)"),
+        ({"window": (8, 8)}, r"window is \(8, 8\); expected None with attention='full'"),
     ],
 )
 def test_wrong_arguments_are_named(options: dict[str, Any], message: str) -> None:

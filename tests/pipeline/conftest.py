@@ -57,7 +57,7 @@ def tiny_vitpose(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def create_model(name: str, **options: Any) -> nn.Module:
         asked.append(name)
-        return ViTPose(**size, image_size=(64, 48), decoder="simple", **options)
+        return ViTPose(**{**size, "image_size": (64, 48), "decoder": "simple", **options})
 
     # So that a checkpoint of it is recognised.
     monkeypatch.setitem(SIZES, "vitpose-b", size)

@@ -14,11 +14,12 @@ pytest.importorskip("PIL")
 pytest.importorskip("tqdm")
 
 import kernelpose
+from kernelpose.checkpoints import convert_state_dict
 from kernelpose.cli import main
 from kernelpose.data.images import read_image, write_png
 from kernelpose.models import ViTPose
 from kernelpose.models.vitpose import SIZES
-from kernelpose.pipeline.command import load_model
+from kernelpose.pipeline.model import load_model
 
 pytestmark = pytest.mark.usefixtures("tiny_vitpose")
 
@@ -118,7 +119,7 @@ def test_a_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     encoder = {k: v for k, v in model.state_dict().items() if k.startswith("backbone")}
     torch.save(encoder, folder / "encoder.pth")
     assert predict(folder, "--checkpoint", str(folder / "encoder.pth")) == 2
-    assert "encoder.pth is no whole model: it lacks 14 tensors" in capsys.readouterr().err
+    assert "encoder.pth lacks 14 tensors; expected a whole model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -128,6 +129,14 @@ def test_a_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         {"decoder": "simple", "image_size": (64, 48)},
         {"decoder": "classic", "image_size": (64, 48), "patch_stride": 8},
         {"decoder": "classic", "image_size": (64, 48), "num_keypoints": {"coco": 17, "aic": 14}},
+        {"decoder": "simple", "image_size": (64, 48), "patch_stride": 8},
+        {"image_size": (64, 48), "attention": "window+shift", "window": (2, 2)},
+        {
+            "image_size": (64, 48),
+            "attention": "window+pool",
+            "num_full_layers": 1,
+            "window": (2, 3),
+        },
     ],
 )
 def test_the_model_is_the_checkpoints(folder: Path, options: dict[str, Any]) -> None:
@@ -146,14 +155,63 @@ def test_checkpoints_of_another_size_or_skeleton_are_refused(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for joints, name, message in (
-        (17, "vitpose-s", "does not fit --model vitpose-s: its width is 24 and its depth 2"),
-        (17, "vitpose-x", "--model must be one of vitpose-s"),
-        (21, "vitpose-b", "must find COCO's 17 keypoints to be drawn and written, finds 21"),
+        (17, "vitpose-s", "--model is vitpose-s; expected a model of width 24 and depth 2"),
+        (17, "vitpose-x", "--model is vitpose-x; expected one of vitpose-s"),
+        (21, "vitpose-b", "finds 21 keypoints; expected COCO's 17"),
     ):
         model = ViTPose(**SIZES["vitpose-b"], image_size=(64, 48), num_keypoints=joints)
         torch.save(model.state_dict(), folder / "k.pth")
         assert predict(folder, "--checkpoint", str(folder / "k.pth"), "--model", name) == 2
         assert message in capsys.readouterr().err
+
+
+def test_model_options_say_what_a_checkpoint_does_not(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(5)
+    options = {"patch_stride": 8, "attention": "window+shift", "window": (2, 3)}
+    model = ViTPose(**SIZES["vitpose-b"], decoder="simple", image_size=(64, 48), **options).eval()
+    images = torch.randn(1, 3, 64, 48)
+    official, _ = convert_state_dict(model.state_dict(), "official")
+    torch.save(official, folder / "o.pth")
+    loaded = load_model(None, folder / "o.pth", options).cpu()
+    assert torch.equal(loaded(images), model(images))
+    # They go before what a checkpoint records.
+    torch.save(model.state_dict(), folder / "k.pth")
+    full = load_model(None, folder / "k.pth", {"attention": "full"}).cpu()
+    assert not torch.equal(full(images), model(images))
+    assert "the model has attention='full'" in capsys.readouterr().out
+
+
+def test_model_options_on_the_command_line(folder: Path) -> None:
+    def keypoints(*options: str) -> list[Any]:
+        arguments = [part for option in options for part in ("--model-option", option)]
+        assert predict(folder, *arguments) == 0
+        results = json.loads((folder / "out/keypoints.json").read_text())
+        return [entry["keypoints"] for entry in results]
+
+    shifted = keypoints("attention=window+shift", "window=2,2")
+    assert keypoints("attention=window+shift", "window=2,2") == shifted
+    assert keypoints("attention=window", "window=2,2") != shifted != keypoints()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("attention", "attention is ''; expected one of full, window"),
+        ("attention=both", "attention is 'both'; expected one of full, window"),
+        ("window=8", "--model-option window is '8'; expected two integers, as in 8,8"),
+        ("patch_stride=x", "--model-option patch_stride is 'x'; expected an integer"),
+        ("colour=red", "--model-option is colour=red; expected NAME=VALUE with a name of att"),
+    ],
+)
+def test_a_wrong_model_option_is_one_sentence(
+    folder: Path, capsys: pytest.CaptureFixture[str], option: str, message: str
+) -> None:
+    assert predict(folder, "--model-option", option) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
 
 
 def test_an_input_is_not_overwritten(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,25 +225,25 @@ def test_an_input_is_not_overwritten(folder: Path, capsys: pytest.CaptureFixture
     ):
         inputs = [a if a.startswith("--") else str(folder / a) for a in arguments]
         assert main(["predict", *inputs, "--out", str(folder / "alias")]) == 2
-        assert f"replace the input {folder / output}" in capsys.readouterr().err
+        assert f"{output} does not replace the input {folder / output}." in capsys.readouterr().err
     assert {path: path.read_bytes() for path in before} == before
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["missing.jpg"], "no such image file: missing.jpg"),
-        (["text.jpg"], "text.jpg is not an image"),
-        (["a.png", "--boxes", "missing.json"], "cannot read the boxes file missing.json"),
-        (["a.png", "--boxes", "text.jpg"], "the boxes file text.jpg is not JSON"),
-        (["a.png", "--boxes", "object.json"], "must hold a list of COCO detections"),
-        (["a.png", "--boxes", "outside.json"], "a box of a.png lies outside the 20x10 picture"),
-        (["a.png", "--boxes", "tiny.json"], "a box of a.png is too small or too large"),
-        (["a.png", "--boxes", "huge.json"], "a box of a.png is too small or too large"),
+        (["missing.jpg"], "missing.jpg is no file; expected an image"),
+        (["text.jpg"], "text.jpg is no image that Pillow knows"),
+        (["a.png", "--boxes", "missing.json"], "missing.json cannot be read: No such file"),
+        (["a.png", "--boxes", "text.jpg"], "text.jpg is not JSON"),
+        (["a.png", "--boxes", "object.json"], "object.json is an object; expected a list"),
+        (["a.png", "--boxes", "outside.json"], "is 20, 0, 5, 5; expected one that meets the 20x10"),
+        (["a.png", "--boxes", "tiny.json"], "expected one neither too small nor too large"),
+        (["a.png", "--boxes", "huge.json"], "a box of a.png is 0, 0, 1e+39, 1e+39; expected"),
         (["a.png", "--checkpoint", "missing.pth"], "missing.pth"),
         (["a.png", "--checkpoint", "text.jpg"], "text.jpg"),
-        (["a.png", "--out", "a.png"], "cannot make the directory a.png"),
-        (["a.png", "--out", "a.png/b"], "cannot make the directory a.png/b"),
+        (["a.png", "--out", "a.png"], "a.png cannot be made a directory"),
+        (["a.png", "--out", "a.png/b"], "a.png/b cannot be made a directory"),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(

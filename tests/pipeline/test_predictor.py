@@ -120,18 +120,30 @@ def test_no_boxes_are_nobody(mosaic, pictures) -> None:
 def test_errors_name_the_argument(mosaic) -> None:
     image = np.zeros((20, 20, 3), np.uint8)
     for build, message in (
-        (lambda: Predictor(nn.Identity()), "image_size must be given"),
-        (lambda: Predictor(mosaic, decode="x"), "decode must be one of mmpose1.*'x'"),
-        (lambda: Predictor(mosaic, batch_size=0), "batch_size must be at least 1, got 0"),
-        (lambda: Predictor(mosaic)(image[..., 0]), r"image must be \(H, W, 3\) .*\(20, 20\)"),
-        (lambda: Predictor(mosaic)(image, [[0, 0, 0, 5]]), "boxes must be .* positive width"),
-        (lambda: Predictor(mosaic)(image, [[0, 0, float("nan"), 5]]), "boxes must be finite"),
-        (lambda: Predictor(mosaic)(image, [[5, 5, 1e-7, 1e-7]]), "boxes must be .* too small"),
-        (lambda: Predictor(mosaic)(image, [[0, 0, 1e39, 1e39]]), "boxes must be .* too small"),
-        (lambda: Predictor(mosaic)(image, [0, 0, 5, 5]), r"boxes must be \(N, 4\)"),
+        (lambda: Predictor(nn.Identity()), "image_size is None; expected"),
+        (lambda: Predictor(mosaic, decode="x"), "decode is 'x'; expected one of mmpose1"),
+        (lambda: Predictor(mosaic, batch_size=0), "batch_size is 0; expected at least 1"),
+        (lambda: Predictor(mosaic)(image[..., 0]), r"image has shape \(20, 20\); expected"),
+        (
+            lambda: Predictor(mosaic)(image, [[0, 0, 0, 5]]),
+            "boxes are .*; expected .* positive width",
+        ),
+        (
+            lambda: Predictor(mosaic)(image, [[0, 0, float("nan"), 5]]),
+            "boxes are .*nan.*; expected finite",
+        ),
+        (
+            lambda: Predictor(mosaic)(image, [[5, 5, 1e-7, 1e-7]]),
+            "boxes are .*; expected .* too small",
+        ),
+        (
+            lambda: Predictor(mosaic)(image, [[0, 0, 1e39, 1e39]]),
+            "boxes are .*; expected .* too small",
+        ),
+        (lambda: Predictor(mosaic)(image, [0, 0, 5, 5]), r"boxes has shape .*; expected \(N, 4\)"),
         (
             lambda: Predictor(mosaic, skeleton=Skeleton(("nose",), ()))(image),
-            "skeleton must have the model's 17 keypoints, got 1",
+            "skeleton has 1 keypoints; expected 17, as the model",
         ),
     ):
         with pytest.raises(ValueError, match=message):

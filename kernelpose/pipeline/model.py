@@ -1,0 +1,132 @@
+"""The model of a command: by its name with random weights, or as a checkpoint describes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import kernelpose
+from kernelpose.checkpoints import infer_config
+from kernelpose.checkpoints.files import read_state_dict
+from kernelpose.checkpoints.plus import DATASETS
+from kernelpose.data.skeletons import COCO
+from kernelpose.errors import UserError
+from kernelpose.models import ViTPose
+from kernelpose.models.vitpose import SIZES
+
+DEFAULT_MODEL = "vitpose-b"
+
+
+def _pair(text: str) -> tuple[int, int]:
+    first, second = text.split(",")
+    return int(first), int(second)
+
+
+MODEL_OPTIONS: dict[str, Any] = {
+    "attention": str,
+    "window": _pair,
+    "num_full_layers": int,
+    "patch_stride": int,
+    "image_size": _pair,
+    "num_heads": int,
+}
+"""Arguments of `ViTPose` that a user may have to give, and what reads them from text."""
+
+
+def model_options(texts: Sequence[str]) -> dict[str, Any]:
+    """Arguments of `ViTPose` from "NAME=VALUE", a pair as "8,8".
+
+    Raises UserError for a name that is not of `MODEL_OPTIONS`, or a value of another kind.
+    """
+    options = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name not in MODEL_OPTIONS:
+            raise UserError(
+                f"--model-option is {text}; expected NAME=VALUE with a name of "
+                f"{', '.join(MODEL_OPTIONS)}."
+            )
+        try:
+            options[name] = MODEL_OPTIONS[name](value)
+        except ValueError as error:
+            kind = "two integers, as in 8,8" if MODEL_OPTIONS[name] is _pair else "an integer"
+            raise UserError(f"--model-option {name} is {value!r}; expected {kind}.") from error
+    return options
+
+
+def load_model(
+    name: str | None, checkpoint: Path | None, options: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """The model that a checkpoint describes, or a named one with random weights.
+
+    On the GPU if there is one. Says which. Random weights are the same on every call.
+
+    Args:
+        name: a name of `kernelpose.list_models()`; a checkpoint must be of its size.
+        checkpoint: a file in any layout; of several data sets' decoders, COCO's is taken.
+        options: arguments of `ViTPose` that go before what name and checkpoint say.
+
+    Raises:
+        UserError: no such model, options that it refuses, or a checkpoint that is none of 17
+            keypoints, of another size than the name's, or without some of the tensors.
+    """
+    options = options or {}
+    if checkpoint is None:
+        model = _random_model(name or DEFAULT_MODEL, options)
+    else:
+        model = _read(name, checkpoint, options)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _random_model(name: str, options: Mapping[str, Any]) -> nn.Module:
+    torch.manual_seed(0)
+    model = _built(kernelpose.create_model, name, **options)
+    print(f"no --checkpoint: the weights of {name} are random, and so is what it finds")
+    return model
+
+
+def _read(name: str | None, checkpoint: Path, options: Mapping[str, Any]) -> nn.Module:
+    if name is not None and name not in SIZES:
+        raise UserError(f"--model is {name}; expected one of {', '.join(SIZES)} with a checkpoint.")
+    state_dict = read_state_dict(checkpoint)
+    config = infer_config(
+        state_dict,
+        num_heads=options.get("num_heads"),
+        patch_stride=options.get("patch_stride"),
+    )
+    size = config["embed_dim"], config["depth"]
+    if name is not None and size != (SIZES[name]["embed_dim"], SIZES[name]["depth"]):
+        raise UserError(
+            f"--model is {name}; expected a model of width {size[0]} and depth {size[1]}, as "
+            f"{checkpoint} has them."
+        )
+    joints = config["num_keypoints"]
+    if isinstance(joints, Mapping):
+        joints = joints.get(DATASETS[0], 0)
+    if joints != COCO.num_keypoints:
+        raise UserError(
+            f"{checkpoint} finds {joints} keypoints; expected COCO's {COCO.num_keypoints}, to be "
+            "drawn and written."
+        )
+    if "attention" in options:  # then the windows that go with the recorded one do not count
+        config = {k: v for k, v in config.items() if k not in ("window", "num_full_layers")}
+    model = _built(ViTPose, **{**config, "num_keypoints": joints, **options})
+    report = kernelpose.load_checkpoint(model, state_dict)
+    if report.missing:
+        raise UserError(
+            f"{checkpoint} lacks {len(report.missing)} tensors; expected a whole model, with "
+            f"{report.missing[0]} for one."
+        )
+    print(f"{checkpoint}: {report}")
+    return model
+
+
+def _built(build: Callable[..., nn.Module], *args: Any, **options: Any) -> nn.Module:
+    try:
+        return build(*args, **options)
+    except ValueError as error:
+        raise UserError(str(error)) from error
