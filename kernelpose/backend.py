@@ -157,7 +157,9 @@ def choose(op: str, requested: str | None, *inputs: Any, **options: Any) -> str:
     if asked is not None:
         reason = why_not(op, _known(asked, "backend"), *inputs, **options)
         if reason is not None:
-            raise BackendError(f"backend {asked!r} cannot run {op}: {reason}.")
+            raise BackendError(
+                f"backend is {asked!r}; expected one that can run {op}, which it cannot: {reason}."
+            )
         return asked
     tensor = inputs[0] if isinstance(inputs[0], Tensor) else inputs[0][0]
     for name in OPS[op].automatic(tensor):

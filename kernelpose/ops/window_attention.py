@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,23 @@ from kernelpose.reference.window_attention import window_attention as reference
 Pair = tuple[int, int]
 
 MAX_HEAD_DIM = 128
+
+
+class Options(NamedTuple):
+    """The arguments that are not tensors, checked and complete, in the order of the schema."""
+
+    num_heads: int
+    window: Pair
+    shift: Pair
+    partition: str
+    pooled: bool
+    scale: float
+
+    def extent(self, qkv: Tensor) -> Pair:
+        """(rows, columns) of the largest group of tokens that there can be."""
+        if self.partition == "window":
+            return self.window
+        return -(-qkv.shape[1] // self.window[0]), -(-qkv.shape[2] // self.window[1])
 
 
 def window_attention(
@@ -63,30 +80,20 @@ def window_attention(
         ValueError: a shape, size or name does not fit. TypeError: not a floating-point tensor.
         BackendError: the backend asked for cannot run this.
     """
-    window, scale = _check(qkv, num_heads, window, shift, partition, bias_table, scale)
+    _check_first(qkv, scale)
+    options = _complete(qkv, num_heads, window, shift, partition, pooled, scale)
+    _check(qkv, bias_table, options)
     qkv = autocast(qkv)
-    chosen = choose(
-        "window_attention",
-        backend,
-        qkv,
-        num_heads=num_heads,
-        window=window,
-        shift=shift,
-        partition=partition,
-        bias_table=bias_table,
-        pooled=pooled,
-        scale=scale,
-    )
+    chosen = choose("window_attention", backend, qkv, *options, bias_table=bias_table)
     if chosen == "eager":
-        return reference(qkv, num_heads, window, shift, partition, bias_table, pooled, scale)
+        return reference(qkv, bias_table, *options)
     if chosen == "torch":
-        return _scaled_dot_product(qkv, num_heads, scale)
+        return _scaled_dot_product(qkv, options)
     if bias_table is not None:
         bias_table = bias_table.to(_statistics_dtype(qkv))
-    args = (qkv, bias_table, num_heads, window, shift, partition, pooled, scale, chosen)
-    if is_plain(qkv, bias_table):
-        return _run_forward(*args)[0]
-    return _op(*args)[0]
+    run = _run_forward if is_plain(qkv, bias_table) else _op
+    out: Tensor = run(qkv, bias_table, *options, chosen)[0]
+    return out
 
 
 def _is_pair(value: object) -> bool:
@@ -97,45 +104,54 @@ def _is_pair(value: object) -> bool:
     )
 
 
-def _check(
-    qkv: Tensor,
-    num_heads: int,
-    window: Pair | None,
-    shift: Pair,
-    partition: str,
-    bias_table: Tensor | None,
-    scale: float | None,
-) -> tuple[Pair, float]:
-    """The window and the scale that are meant, or an error that says what does not fit."""
+def _check_first(qkv: Tensor, scale: float | None) -> None:
+    """What has to hold before the options can be completed."""
     if not isinstance(qkv, Tensor):
         raise TypeError(f"qkv is {type(qkv).__name__}; expected a tensor.")
-    if scale is not None and not isinstance(scale, int | float):
-        raise TypeError(f"scale is {scale!r}; expected a number or None.")
     if not qkv.is_floating_point():
         raise TypeError(f"qkv is {qkv.dtype}; expected a floating-point tensor.")
     if qkv.ndim != 4 or qkv.shape[-1] == 0 or 0 in qkv.shape[1:3]:
         raise ValueError(f"qkv has shape {tuple(qkv.shape)}; expected (B, H, W, 3C), H, W, C >= 1.")
+    if scale is not None and not isinstance(scale, int | float):
+        raise TypeError(f"scale is {scale!r}; expected a number or None.")
+
+
+def _complete(
+    qkv: Tensor,
+    num_heads: int,
+    window: Pair | None = None,
+    shift: Pair = (0, 0),
+    partition: str = "window",
+    pooled: bool = False,
+    scale: float | None = None,
+) -> Options:
+    """The options that are meant for a map: None is filled in."""
     _, height, width, channels3 = qkv.shape
     if num_heads < 1 or channels3 % (3 * num_heads):
         raise ValueError(
-            f"num_heads is {num_heads}; expected a divisor of C, and qkv has 3C = {channels3}."
+            f"num_heads is {num_heads}; expected a divisor of C, where qkv has 3C = {channels3}."
         )
-    if partition not in ("window", "grid"):
-        raise ValueError(f"partition is {partition!r}; expected 'window' or 'grid'.")
     if window is None:
         if partition == "grid":
-            raise ValueError(
-                "window is None; expected the patch size (h, w) for the grid partition."
-            )
+            raise ValueError("window is None; expected the patch size (h, w) for partition='grid'.")
         window = (height, width)
-    elif not _is_pair(window) or min(window) < 1:
-        raise ValueError(f"window is {window}; expected (height, width) of at least 1.")
+    if scale is None:
+        scale = (channels3 // (3 * num_heads)) ** -0.5
+    return Options(num_heads, window, shift, partition, pooled, scale)
+
+
+def _check(qkv: Tensor, bias_table: Tensor | None, options: Options) -> None:
+    num_heads, window, shift, partition, *_ = options
+    if partition not in ("window", "grid"):
+        raise ValueError(f"partition is {partition!r}; expected 'window' or 'grid'.")
+    if not _is_pair(window) or min(window) < 1:
+        raise ValueError(f"window is {window}; expected (height, width), each 1 to 2**31 - 1.")
     if not _is_pair(shift) or not all(0 <= s < w for s, w in zip(shift, window, strict=True)):
         raise ValueError(f"shift is {shift}; expected 0 <= shift < window, and window is {window}.")
     if partition == "grid" and any(shift):
-        raise ValueError(f"shift is {shift}; expected (0, 0) for the grid partition.")
+        raise ValueError(f"shift is {shift}; expected (0, 0) for partition='grid'.")
     if bias_table is not None:
-        h, w = _extent((height, width), window, partition)
+        h, w = options.extent(qkv)
         expected = ((2 * h - 1) * (2 * w - 1), num_heads)
         if tuple(bias_table.shape) != expected:
             raise ValueError(
@@ -148,49 +164,34 @@ def _check(
             raise ValueError(
                 f"bias_table is on {bias_table.device}; expected {qkv.device}, as qkv."
             )
-    return window, (channels3 // (3 * num_heads)) ** -0.5 if scale is None else scale
-
-
-def _extent(size: Pair, window: Pair, partition: str) -> Pair:
-    """(rows, columns) of the largest group of tokens."""
-    if partition == "window":
-        return window
-    return -(-size[0] // window[0]), -(-size[1] // window[1])
 
 
 def _statistics_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _scaled_dot_product(qkv: Tensor, num_heads: int, scale: float) -> Tensor:
-    q, k, v = qkv.flatten(1, 2).unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
-    out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+def _scaled_dot_product(qkv: Tensor, options: Options) -> Tensor:
+    packed = qkv.flatten(1, 2).unflatten(-1, (3, options.num_heads, -1))
+    q, k, v = packed.permute(2, 0, 3, 1, 4)
+    out = F.scaled_dot_product_attention(q, k, v, scale=options.scale)
     return out.transpose(1, 2).reshape(*qkv.shape[:3], qkv.shape[3] // 3)
 
 
-def _run_forward(
-    qkv: Tensor,
-    bias_table: Tensor | None,
-    num_heads: int,
-    window: Pair,
-    shift: Pair,
-    partition: str,
-    pooled: bool,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """(out, lse): lse (B, heads, H, W) is the log-sum-exp of each query's scores."""
+def _run_forward(qkv: Tensor, bias_table: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """(out, lse): lse (B, heads, H, W) is the log-sum-exp of each query's scores.
+
+    arguments: the fields of `Options`, then the backend.
+    """
+    options, backend = Options(*arguments[:-1]), arguments[-1]
     qkv = qkv.contiguous()
     bias_table = None if bias_table is None else bias_table.contiguous()
     if backend == "triton" and qkv.numel():
         from kernelpose.triton_kernels import window_attention as kernels
 
-        options = (num_heads, window, shift, partition, pooled, scale)
         return kernels.forward(qkv, bias_table, *options)
-    out, lse = _outputs(qkv, num_heads)
+    out, lse = _outputs(qkv, options.num_heads)
     if out.numel():
-        shape = _native_shape(qkv, num_heads, window, shift, partition, pooled, scale)
-        code = _native.DTYPE_CODES[qkv.dtype]
+        shape, code = _native_shape(qkv, options), _native.DTYPE_CODES[qkv.dtype]
         memory = _native.workspace("window_attention_forward", qkv, shape, code)
         tensors = [qkv, bias_table, out, lse, *([memory] if qkv.is_cuda else [])]
         addresses = [_native.address(t) for t in tensors]
@@ -204,28 +205,21 @@ def _run_backward(
     bias_table: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    num_heads: int,
-    window: Pair,
-    shift: Pair,
-    partition: str,
-    pooled: bool,
-    scale: float,
-    backend: str,
+    *arguments: Any,
 ) -> tuple[Tensor, Tensor]:
     """(gradient of qkv, gradient of bias_table); the second is empty where there is no table."""
+    options, backend = Options(*arguments[:-1]), arguments[-1]
     grad_out, qkv, out, lse = (t.contiguous() for t in (grad_out, qkv, out, lse))
     bias_table = None if bias_table is None else bias_table.contiguous()
     if backend == "triton" and qkv.numel():
         from kernelpose.triton_kernels import window_attention as kernels
 
-        options = (num_heads, window, shift, partition, pooled, scale)
         grad_qkv, grad_bias = kernels.backward(grad_out, qkv, bias_table, out, lse, *options)
         return grad_qkv, lse.new_empty(0) if grad_bias is None else grad_bias
     grad_qkv, grad_bias = _gradients(qkv, bias_table, lse)
     if qkv.numel() == 0:
         return grad_qkv, grad_bias.zero_()
-    shape = _native_shape(qkv, num_heads, window, shift, partition, pooled, scale)
-    code = _native.DTYPE_CODES[qkv.dtype]
+    shape, code = _native_shape(qkv, options), _native.DTYPE_CODES[qkv.dtype]
     bias_gradient = bias_table is not None
     memory = _native.workspace("window_attention_backward", qkv, shape, code, bias_gradient)
     tensors = [grad_out, qkv, bias_table, out, lse, grad_qkv, grad_bias if bias_gradient else None]
@@ -234,20 +228,12 @@ def _run_backward(
     return grad_qkv, grad_bias
 
 
-def _native_shape(
-    qkv: Tensor,
-    num_heads: int,
-    window: Pair,
-    shift: Pair,
-    partition: str,
-    pooled: bool,
-    scale: float,
-) -> tuple[int | bool | float, ...]:
-    """WindowAttentionTuple of csrc/bindings.cpp."""
+def _native_shape(qkv: Tensor, options: Options) -> tuple[int | bool | float, ...]:
+    """ShapeTuple of csrc/bindings/window_attention.cpp."""
+    heads, window, shift, partition, pooled, scale = options
     batch, height, width, channels3 = qkv.shape
-    grid = partition == "grid"
-    sizes = (batch, height, width, num_heads, channels3 // (3 * num_heads))
-    return (*sizes, *window, *shift, grid, pooled, scale)
+    sizes = (batch, height, width, heads, channels3 // (3 * heads))
+    return (*sizes, *window, *shift, partition == "grid", pooled, scale)
 
 
 def _outputs(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
@@ -269,7 +255,7 @@ _ARGUMENTS = (
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, bias_table, *ctx.options = inputs
+    qkv, bias_table, *ctx.arguments = inputs
     ctx.save_for_backward(qkv, bias_table, *output)
 
 
@@ -277,13 +263,17 @@ def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...
     qkv, bias_table, out, lse = ctx.saved_tensors
     tensors = (grad_out, qkv, bias_table, out, lse)
     run = _run_backward if is_plain(*tensors) else _op_backward
-    grad_qkv, grad_bias = run(*tensors, *ctx.options)
-    return grad_qkv, None if bias_table is None else grad_bias, *(None for _ in ctx.options)
+    grad_qkv, grad_bias = run(*tensors, *ctx.arguments)
+    return grad_qkv, None if bias_table is None else grad_bias, *(None for _ in ctx.arguments)
+
+
+def _keep_backend(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.backend = inputs[-1]
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
     raise RuntimeError(
-        "window_attention has no second derivative on this backend; expected backend='eager'."
+        f"backend is {ctx.backend!r}; expected 'eager' for a second derivative of window_attention."
     )
 
 
@@ -292,38 +282,68 @@ _op_backward = register(
     "(Tensor grad_out, Tensor qkv, Tensor? bias_table, Tensor out, Tensor lse, "
     f"{_ARGUMENTS}) -> (Tensor, Tensor)",
     _run_backward,
-    lambda grad_out, qkv, bias_table, out, lse, *options: _gradients(qkv, bias_table, lse),
-    autograd=(lambda ctx, inputs, output: None, _no_second_derivative),
+    lambda grad_out, qkv, bias_table, out, lse, *arguments: _gradients(qkv, bias_table, lse),
+    autograd=(_keep_backend, _no_second_derivative),
 )
 _op = register(
     "window_attention",
     f"(Tensor qkv, Tensor? bias_table, {_ARGUMENTS}) -> (Tensor, Tensor)",
     _run_forward,
-    lambda qkv, bias_table, num_heads, *options: _outputs(qkv, num_heads),
+    lambda qkv, bias_table, num_heads, *arguments: _outputs(qkv, num_heads),
     autograd=(_setup_context, _backward),
 )
 
 
 def _objection(
-    backend: str,
-    qkv: Tensor,
-    *,
-    num_heads: int,
-    window: Pair | None = None,
-    shift: Pair = (0, 0),
-    partition: str = "window",
-    bias_table: Tensor | None = None,
-    pooled: bool = False,
-    scale: float | None = None,
+    backend: str, qkv: Tensor, *given: Any, bias_table: Tensor | None = None, **named: Any
 ) -> str | None:
+    options = _complete(qkv, *given, **named)
     if backend == "torch":
-        full = partition == "window" and window in (None, tuple(qkv.shape[1:3])) and not any(shift)
-        if not full or pooled or bias_table is not None:
+        full = options.partition == "window" and tuple(options.window) == tuple(qkv.shape[1:3])
+        if not full or any(options.shift) or options.pooled or bias_table is not None:
             return "scaled_dot_product_attention does full attention without bias or pooled keys"
         return None
-    head_dim = qkv.shape[-1] // (3 * num_heads)
+    head_dim = qkv.shape[-1] // (3 * options.num_heads)
     if head_dim > MAX_HEAD_DIM:
         return f"its head width is at most {MAX_HEAD_DIM}, and this is {head_dim}"
+    if torch.compiler.is_exporting():  # or its batch size would get an upper bound
+        return None
+    return _too_large(backend, qkv, bias_table, options)
+
+
+def _too_large(
+    backend: str, qkv: Tensor, bias_table: Tensor | None, options: Options
+) -> str | None:
+    """Which number the kernels have no room for in an index or a grid.
+
+    Shared memory has no part in this: their tiles have fixed sizes, whatever the map.
+    """
+    batch, height, width, channels3 = qkv.shape
+    heads, window, extent = options.num_heads, options.window, options.extent(qkv)
+    cell = min(extent[0], height) * min(extent[1], width)
+    # (what, how many, below which number)
+    limits = [
+        ("channels", channels3, 2**31),
+        ("tokens of an image", height * width, 2**31),
+        ("positions along a map and a window", max(height + window[0], width + window[1]), 2**29),
+    ]
+    if bias_table is not None:
+        limits.append(("numbers in bias_table", bias_table.numel(), 2**31))
+    if backend in ("cuda", "triton"):
+        # Of a grid's 2**31 blocks no kernel needs more than two for a token of an image and head.
+        limits.append(("tokens of all images and heads", batch * heads * height * width, 2**30))
+    if backend == "cuda":  # Tokens in csrc/cuda/window_attention_tiles.cuh divides by multiplying
+        limits.append(("tokens of an image, times its width", height * width * width, 2**32))
+    if backend == "triton":
+        limits.append(("tokens of a group", cell, 2**22))  # place_of in cells.py divides in float32
+        if options.pooled:
+            limits.append(("slots of a padded window", extent[0] * extent[1], 2**30))
+        if bias_table is not None:  # its gradient takes a number each, before they are summed
+            pairs = heads * (extent[0] * extent[1]) ** 2
+            limits.append(("pairs of tokens with a bias, of all heads", pairs, 2**31))
+    for what, count, limit in limits:
+        if count >= limit:
+            return f"it takes fewer than {limit} {what}, and this has {count}"
     return None
 
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 def window_attention(
     qkv: Tensor,
+    bias_table: Tensor | None,
     num_heads: int,
     window: tuple[int, int] | None = None,
     shift: tuple[int, int] = (0, 0),
     partition: str = "window",
-    bias_table: Tensor | None = None,
     pooled: bool = False,
     scale: float | None = None,
 ) -> Tensor:
@@ -33,13 +33,13 @@ def window_attention(
     head_dim = channels3 // 3 // num_heads
     scale = head_dim**-0.5 if scale is None else scale
 
-    groups = _partition(qkv, window, shift, partition)  # (B, groups, tokens, 3C)
+    groups = to_groups(qkv, window, shift, partition)  # (B, groups, tokens, 3C)
     q, k, v = groups.unflatten(-1, (3, num_heads, head_dim)).permute(3, 0, 1, 4, 2, 5)
     scores = scale * (q @ k.transpose(-2, -1))  # (B, groups, heads, tokens, tokens)
     scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
     if bias_table is not None:
         scores = scores + _relative_bias(bias_table, size, window, partition).to(scores.dtype)
-    ids = _region_ids(size, window, shift, partition, qkv.device)  # (groups, tokens); -1: padding
+    ids = region_ids(size, window, shift, partition, qkv.device)  # (groups, tokens); -1: padding
     padded = bool((-size[0]) % window[0] or (-size[1]) % window[1])
     if padded or any(shift):
         visible = (ids[:, :, None] == ids[:, None, :]) & (ids[:, None, :] >= 0)
@@ -54,12 +54,10 @@ def window_attention(
         v = torch.cat([v, v_mean.expand(-1, groups.shape[1], -1, -1, -1)], dim=-2)
     attention = scores.softmax(-1).to(v.dtype)
     out = (attention @ v).transpose(2, 3).flatten(3)  # (B, groups, tokens, C)
-    return _merge(out, size, window, shift, partition)
+    return from_groups(out, size, window, shift, partition)
 
 
-def _partition(
-    x: Tensor, window: tuple[int, int], shift: tuple[int, int], partition: str
-) -> Tensor:
+def to_groups(x: Tensor, window: tuple[int, int], shift: tuple[int, int], partition: str) -> Tensor:
     """(B, H, W, C) -> (B, groups, tokens, C), padded at the bottom and right, then rolled."""
     x = F.pad(x, (0, 0, 0, -x.shape[2] % window[1], 0, -x.shape[1] % window[0]))
     if any(shift):
@@ -72,14 +70,14 @@ def _partition(
     return x.permute(0, 2, 4, 1, 3, 5).flatten(3, 4).flatten(1, 2)
 
 
-def _merge(
+def from_groups(
     x: Tensor,
     size: tuple[int, int],
     window: tuple[int, int],
     shift: tuple[int, int],
     partition: str,
 ) -> Tensor:
-    """Undo `_partition`."""
+    """Undo `to_groups`."""
     rows, columns = (math.ceil(s / w) for s, w in zip(size, window, strict=True))
     if partition == "window":
         x = x.unflatten(2, window).unflatten(1, (rows, columns)).transpose(2, 3)
@@ -91,7 +89,7 @@ def _merge(
     return x[:, : size[0], : size[1]]
 
 
-def _region_ids(
+def region_ids(
     size: tuple[int, int],
     window: tuple[int, int],
     shift: tuple[int, int],
@@ -102,7 +100,7 @@ def _region_ids(
     wrapped = (torch.arange(n, device=device) < s for n, s in zip(size, shift, strict=True))
     row, column = (axis.long() for axis in wrapped)
     ids = 1 + 2 * row[:, None] + column  # 1..4, so that the zeros of the padding become -1
-    return _partition(ids[None, :, :, None], window, shift, partition)[0, :, :, 0] - 1
+    return to_groups(ids[None, :, :, None], window, shift, partition)[0, :, :, 0] - 1
 
 
 def _relative_bias(
@@ -112,7 +110,7 @@ def _relative_bias(
     h, w = window
     if partition == "grid":
         h, w = (math.ceil(s / p) for s, p in zip(size, window, strict=True))
-    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    y, x = y.flatten(), x.flatten()
+    tokens = torch.arange(h * w, device=bias_table.device)
+    y, x = tokens // w, tokens % w
     index = (y[:, None] - y + h - 1) * (2 * w - 1) + x[:, None] - x + w - 1
-    return bias_table[index.to(bias_table.device)].permute(2, 0, 1)
+    return bias_table[index].permute(2, 0, 1)

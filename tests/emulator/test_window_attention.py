@@ -73,7 +73,7 @@ class Case:
         table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         table = None if table is None else table.to(table_dtype).requires_grad_()
         out = window_attention(
-            qkv, self.heads, self.window, self.shift, self.partition, table, self.pooled, self.scale
+            qkv, table, self.heads, self.window, self.shift, self.partition, self.pooled, self.scale
         )
         inputs = [qkv] if table is None else [qkv, table]
         return [out.detach(), *torch.autograd.grad(out, inputs, grad.to(dtype))]

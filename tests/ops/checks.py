@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernelpose import _native
-from kernelpose.backend import OPS
+from kernelpose.backend import OPS, TRITON_INTERPRETED
 from tests.parity import assert_parity
 
 
@@ -46,6 +46,8 @@ def parity_matrix(cases: Mapping[str, Case]) -> list[Any]:
 
 def device_for(backend: str) -> str:
     """Where a backend's tensors live on this machine; skips, or fails, where it cannot run."""
+    if backend == "triton" and TRITON_INTERPRETED:
+        return "cpu"
     has_gpu = torch.cuda.is_available()
     if backend == "cpu":
         assert _native.core is not None, _native.import_error
@@ -63,6 +65,8 @@ def gradients(output: Tensor, inputs: Sequence[Tensor], grad: Tensor) -> tuple[T
 def check_parity(case: Case, backend: str, dtype: torch.dtype) -> None:
     """Forward and backward against the reference in float64, by the rule of tests/parity.py."""
     device = device_for(backend)
+    if backend == "triton" and TRITON_INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("triton: its interpreter computes bfloat16 wrongly")
     inputs = case.inputs(dtype, device)
     exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
     exact = case.run(exact_inputs, "eager")

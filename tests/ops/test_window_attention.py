@@ -71,6 +71,8 @@ class Case:
         return window_attention(*args, **options, backend=backend)
 
 
+KERNELS = ("cpu", "cuda", "triton")
+
 CASES = {
     "full": Case((16, 12), 2, 64),
     "full-narrow": Case((5, 7), 3, 20),
@@ -80,6 +82,7 @@ CASES = {
     "shifted": Case((16, 12), 2, 32, window=(8, 6), shift=(4, 3), bias=True),
     "shifted-pooled": Case((16, 16), 1, 80, window=(8, 8), shift=(4, 4), pooled=True),
     "odd": Case((9, 7), 2, 30, window=(4, 3), shift=(2, 1), bias=True, pooled=True),
+    "small": Case((5, 4), 2, 8, window=(3, 2), shift=(1, 1), bias=True, pooled=True, batch=1),
     "odd-one-axis": Case((9, 7), 2, 16, window=(4, 3), shift=(0, 2), pooled=True),
     "window-above-map": Case((3, 2), 2, 48, window=(8, 8), shift=(4, 4), bias=True),
     "grid": Case((8, 6), 1, 32, window=(2, 2), partition="grid"),
@@ -165,205 +168,58 @@ def test_gradcheck(name: str) -> None:
     torch.autograd.gradcheck(lambda *x: small.run(x, "cpu"), small.inputs(torch.float64))
 
 
-@pytest.mark.parametrize("name", ["odd", "full", "batch-0"])
-@pytest.mark.parametrize("grad", [False, True])
-def test_opcheck(name: str, grad: bool) -> None:
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("name", ["small", "full"])
+def test_non_contiguous_input_and_gradient(name: str, backend: str) -> None:
     case = CASES[name]
-    inputs = [x.detach().requires_grad_(grad) for x in case.inputs(torch.float32)]
-    options = (
-        case.heads, list(case.window or case.size), list(case.shift), case.partition,
-        case.pooled, 0.5, "cpu",
-    )  # fmt: skip
-    args = (inputs[0], inputs[1] if case.bias else None, *options)
-    torch.library.opcheck(torch.ops.kernelpose.window_attention.default, args)
-
-
-@pytest.mark.parametrize("backend", ["cpu", "eager"])
-@pytest.mark.parametrize("name", ["odd", "full", "grid"])
-def test_compiles_to_one_graph(name: str, backend: str) -> None:
-    case = CASES[name]
-    checks.check_compile(lambda *x: case.run(x, backend), *case.inputs(torch.float32))
-
-
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
-@pytest.mark.parametrize("name", ["odd", "shifted-pooled"])
-def test_side_stream_and_graph_capture(name: str, backend: str) -> None:
-    checks.check_side_stream(CASES[name], backend)
-    checks.check_graph_capture(CASES[name], backend)
-
-
-@pytest.mark.full
-def test_compiles_with_inductor_and_dynamic_sizes() -> None:
-    def run(qkv: Tensor) -> Tensor:
-        return window_attention(qkv, num_heads=2, window=(4, 4), shift=(2, 2))
-
-    torch._dynamo.reset()
-    compiled = torch.compile(run, fullgraph=True, dynamic=True)
-    for batch, height, width in ((1, 8, 8), (3, 9, 7), (2, 16, 12)):
-        qkv = torch.randn(batch, height, width, 48)
-        torch.testing.assert_close(compiled(qkv), run(qkv))
-
-
-def test_compiled_code_follows_the_chosen_backend() -> None:
-    torch._dynamo.reset()
-    qkv = torch.randn(1, 8, 8, 48)
-    graphs: list[str] = []
-
-    def record(graph: torch.fx.GraphModule, _: Any) -> Any:
-        graphs.append(graph.code)
-        return graph.forward
-
-    compiled = torch.compile(
-        lambda x: window_attention(x, num_heads=2, window=(4, 4)), fullgraph=True, backend=record
-    )
-    compiled(qkv)
-    with kernelpose.backend("eager"):
-        compiled(qkv)
-    assert ["kernelpose.window_attention" in code for code in graphs] == [True, False]
-
-
-class _Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = WindowAttention(
-            32, 2, window=(4, 4), shift=(2, 2), relative_position=True, pooled=True
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.attention(x)
-
-
-def test_export() -> None:
-    block, x = _Block().eval(), torch.randn(2, 9, 7, 32)
-    batch = torch.export.Dim("batch")
-    program = torch.export.export(block, (x,), dynamic_shapes=({0: batch},))
-    assert "kernelpose.window_attention" in program.graph_module.code
-    other = torch.randn(5, 9, 7, 32)
-    torch.testing.assert_close(program.module()(other), block(other))
-
-
-def test_autocast() -> None:
-    block, x = _Block(), torch.randn(2, 9, 7, 32)
-    seen: list[torch.dtype] = []
-    hook = block.attention.proj.register_forward_pre_hook(
-        lambda _, args: seen.append(args[0].dtype)
-    )
-    with torch.autocast("cpu", torch.bfloat16):
-        block(x).sum().backward()
-    hook.remove()
-    assert seen == [torch.bfloat16]
-    table = block.attention.relative_position_bias_table
-    assert table is not None and table.grad is not None and table.grad.dtype == torch.float32
-    qkv = torch.randn(1, 4, 4, 24)
-    options = (2, [4, 4], [0, 0], "window", False, 0.5, "cpu")
-    with torch.autocast("cpu", torch.bfloat16):  # the registered op by itself, too
-        assert torch.ops.kernelpose.window_attention(qkv, None, *options)[0].dtype == torch.bfloat16
-
-
-def test_inference_mode_and_the_way_around_the_dispatcher() -> None:
-    case = CASES["odd"]
-    inputs = case.inputs(torch.float32)
-    registered = case.run(inputs, "cpu")
-    assert registered.grad_fn is not None
-    with torch.inference_mode():
-        direct = case.run([x.detach() for x in inputs], "cpu")
-    assert torch.equal(direct, registered)
-
-
-def test_function_transforms() -> None:
-    """torch.func sees plain PyTorch, which agrees with the kernel's own backward."""
-    qkv = torch.randn(3, 1, 4, 4, 24)
-
-    def total(x: Tensor) -> Tensor:
-        return window_attention(x, num_heads=2, window=(2, 2)).square().sum()
-
-    transformed = torch.func.vmap(torch.func.grad(total))(qkv)
-    leaf = qkv.clone().requires_grad_()
-    torch.stack([total(x) for x in leaf]).sum().backward()
-    torch.testing.assert_close(transformed, leaf.grad)
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_jit_trace_keeps_the_op() -> None:
-    qkv = torch.randn(1, 4, 4, 24)
-
-    def run(x: Tensor) -> Tensor:
-        return window_attention(x, num_heads=2, window=(2, 2), backend="cpu")
-
-    with torch.no_grad():
-        traced = torch.jit.trace(run, (qkv,))
-    other = torch.randn(1, 4, 4, 24)
-    assert torch.equal(traced(other), run(other))
-
-
-def test_second_derivative_is_refused_and_eager_has_it() -> None:
-    qkv = torch.randn(1, 4, 4, 24, requires_grad=True)
-    for backend in ("cpu", "eager"):
-        out = window_attention(qkv, num_heads=2, window=(2, 2), backend=backend)
-        (first,) = torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
-        if backend == "cpu":
-            with pytest.raises(RuntimeError, match="no second derivative on this backend"):
-                torch.autograd.grad(first.square().sum(), qkv)
-        else:
-            assert torch.autograd.grad(first.square().sum(), qkv)[0].abs().max() > 0
-
-
-def test_forward_mode_derivative() -> None:
-    qkv, direction = torch.randn(2, 1, 4, 4, 24, dtype=torch.float64).unbind()
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(qkv, direction)
-        out = window_attention(dual, num_heads=2, window=(2, 2))
-        tangent = torch.autograd.forward_ad.unpack_dual(out).tangent
-    step = 1e-6 * direction
-    ahead, behind = (window_attention(qkv + s, num_heads=2, window=(2, 2)) for s in (step, -step))
-    torch.testing.assert_close(tangent, (ahead - behind) / 2e-6, rtol=1e-5, atol=1e-8)
-
-
-@pytest.mark.parametrize("name", ["odd", "full"])
-def test_non_contiguous_input_and_gradient(name: str) -> None:
-    case = CASES[name]
-    qkv, *rest = case.inputs(torch.float32)
-    expected = case.run([qkv, *rest], "cpu")
+    qkv, *rest = case.inputs(torch.float32, checks.device_for(backend))
+    expected = case.run([qkv, *rest], backend)
     strided = qkv.detach().permute(3, 0, 2, 1).contiguous().permute(1, 3, 2, 0).requires_grad_()
     assert not strided.is_contiguous()
-    got = case.run([strided, *rest], "cpu")
+    got = case.run([strided, *rest], backend)
     assert torch.equal(got, expected)
-    grad = torch.ones(1).expand_as(got)
+    grad = torch.ones(1, device=got.device).expand_as(got)
     assert torch.equal(
         torch.autograd.grad(got, strided, grad)[0], torch.autograd.grad(expected, qkv, grad)[0]
     )
 
 
-def test_backward_is_deterministic_whatever_the_threads() -> None:
-    case = CASES["odd"]
-    inputs = case.inputs(torch.float32)
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("name", ["small", "odd", "shifted"])
+def test_deterministic_whatever_the_threads(name: str, backend: str) -> None:
+    case = CASES[name]
+    inputs = case.inputs(torch.float32, checks.device_for(backend))
     before = torch.get_num_threads()
     results: list[tuple[Tensor, ...]] = []
-    for threads in (1, 2, 2):
-        torch.set_num_threads(threads)
-        output = case.run(inputs, "cpu")
-        results.append((output, *torch.autograd.grad(output.square().sum(), inputs)))
-    torch.set_num_threads(before)
+    try:
+        for threads in (1, 2, 2):
+            torch.set_num_threads(threads)
+            output = case.run(inputs, backend)
+            results.append((output, *torch.autograd.grad(output.square().sum(), inputs)))
+    finally:
+        torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_inputs_are_never_written() -> None:
-    case = CASES["odd"]
-    inputs = case.inputs(torch.float32)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_inputs_are_never_written(backend: str) -> None:
+    case = CASES["small"]
+    inputs = case.inputs(torch.float32, checks.device_for(backend))
     copies = [x.detach().clone() for x in inputs]
-    case.run(inputs, "cpu").sum().backward()
+    case.run(inputs, backend).sum().backward()
     assert all(torch.equal(x, y) for x, y in zip(inputs, copies, strict=True))
 
 
-def test_large_scores_and_nan() -> None:
-    qkv = torch.randn(1, 4, 4, 24) * 1e4
-    for backend in ("cpu", "eager"):
-        assert window_attention(qkv, num_heads=2, window=(2, 2), backend=backend).isfinite().all()
+@pytest.mark.parametrize("backend", KERNELS)
+def test_large_scores_and_nan(backend: str) -> None:
+    qkv = torch.randn(1, 4, 4, 24, device=checks.device_for(backend)) * 1e4
+    both = (backend, "eager")
+    for name in both:
+        assert window_attention(qkv, num_heads=2, window=(2, 2), backend=name).isfinite().all()
     qkv[0, 0, 0, 0] = torch.nan
     got, expected = (
-        window_attention(qkv, num_heads=2, window=(2, 2), backend=b).isnan()
-        for b in ("cpu", "eager")
+        window_attention(qkv, num_heads=2, window=(2, 2), backend=name).isnan() for name in both
     )
     assert torch.equal(got, expected) and got.any() and not got.all()
 
@@ -371,7 +227,7 @@ def test_large_scores_and_nan() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        ({"num_heads": 5}, ValueError, "num_heads is 5; expected a divisor"),
+        ({"num_heads": 5}, ValueError, "num_heads is 5; expected a divisor of C"),
         ({"window": (0, 4)}, ValueError, r"window is \(0, 4\)"),
         ({"window": 4}, ValueError, "window is 4; expected"),
         ({"window": (4.0, 4.0)}, ValueError, r"window is \(4\.0, 4\.0\)"),
@@ -382,17 +238,23 @@ def test_large_scores_and_nan() -> None:
         ({"partition": "strips"}, ValueError, "partition is 'strips'"),
         ({"partition": "grid"}, ValueError, "window is None"),
         ({"window": (2, 2), "shift": (1, 1), "partition": "grid"}, ValueError, "shift is"),
+        ({"window": (2**31, 1)}, ValueError, r"window is \(2147483648, 1\); expected"),
         ({"bias_table": torch.zeros(4, 2)}, ValueError, r"bias_table has shape \(4, 2\)"),
+        (
+            {"window": (4, 4), "bias_table": torch.zeros(49, 2, device="meta")},
+            ValueError,
+            "bias_table is on meta; expected cpu",
+        ),
         ({"backend": "metal"}, ValueError, "backend is 'metal'"),
         (
             {"backend": "cuda"},
             kernelpose.BackendError,
-            "'cuda' cannot run window_attention: it runs",
+            "backend is 'cuda'; expected one that can run window_attention, .* cannot: it runs",
         ),
         (
             {"backend": "torch", "window": (4, 4)},
             kernelpose.BackendError,
-            "'torch' cannot run window_attention: scaled_dot_product_attention does full",
+            "backend is 'torch'; expected one .* cannot: scaled_dot_product_attention does full",
         ),
     ],
 )
