@@ -1,9 +1,9 @@
 """Which backend may run an op, why not the others, and which one is chosen.
 
 The order of choice: the op's `backend=` argument, `with kernelpose.backend(...)`, the environment
-variable KERNELPOSE_BACKEND (read when kernelpose is imported), and else the first backend of the
-op's measured order that has no objection. An explicit choice that cannot run raises `BackendError`
-with the objection.
+variable KERNELPOSE_BACKEND (read when kernelpose is imported, checked when an op is called), and
+else the first backend of the op's measured order that has no objection. An explicit choice that
+cannot run raises `BackendError` with the objection.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kernelpose import _native
+from kernelpose.errors import UserError
 
 BACKENDS = ("cuda", "triton", "cpu", "torch", "eager")
 """CUDA C++, Triton, C++ on the CPU, one library call of PyTorch, and the plain reference."""
@@ -59,17 +60,28 @@ def register(spec: OpSpec) -> OpSpec:
     return spec
 
 
-def _known(name: str, origin: str) -> str:
+def _known(name: str) -> str:
     if name not in BACKENDS:
-        raise ValueError(f"{origin} is {name!r}; expected one of {', '.join(BACKENDS)}.")
+        raise ValueError(f"backend is {name!r}; expected one of {', '.join(BACKENDS)}.")
     return name
 
 
 # A plain global: torch.compile guards on it, so compiled code follows a change; it does not follow
 # thread-locals or context variables.
-_chosen: str | None = None
-if os.environ.get("KERNELPOSE_BACKEND"):
-    _chosen = _known(os.environ["KERNELPOSE_BACKEND"], "environment variable KERNELPOSE_BACKEND")
+_chosen: str | None = os.environ.get("KERNELPOSE_BACKEND") or None
+
+
+def check_environment() -> None:
+    """Raise UserError where KERNELPOSE_BACKEND or KERNELPOSE_CPU_ISA is none of its values."""
+    if _chosen is not None and _chosen not in BACKENDS:
+        raise UserError(
+            f"KERNELPOSE_BACKEND is {_chosen!r}; expected one of {', '.join(BACKENDS)}."
+        )
+    if _native.core is not None:
+        try:
+            _native.core.cpu_isa()
+        except ValueError as error:
+            raise UserError(str(error)) from None
 
 
 class backend:
@@ -80,7 +92,7 @@ class backend:
     """
 
     def __init__(self, name: str) -> None:
-        self._name = _known(name, "backend")
+        self._name = _known(name)
         self._outer: list[str | None] = []
 
     def __enter__(self) -> None:
@@ -139,7 +151,7 @@ def why_not(op: str, name: str, *inputs: Any, **options: Any) -> str | None:
     if name == "eager":
         return None
     spec = OPS[op]
-    _known(name, "backend")
+    _known(name)
     if name not in spec.dtypes:
         return f"{op} has no {name} backend"
     tensor = inputs[0] if isinstance(inputs[0], Tensor) else inputs[0][0]
@@ -155,7 +167,9 @@ def choose(op: str, requested: str | None, *inputs: Any, **options: Any) -> str:
     """The backend that runs this call."""
     asked = requested if requested is not None else _chosen
     if asked is not None:
-        reason = why_not(op, _known(asked, "backend"), *inputs, **options)
+        if requested is None and asked not in BACKENDS:
+            check_environment()
+        reason = why_not(op, _known(asked), *inputs, **options)
         if reason is not None:
             raise BackendError(
                 f"backend is {asked!r}; expected one that can run {op}, which it cannot: {reason}."

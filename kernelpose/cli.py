@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from kernelpose import __version__
-from kernelpose.backend import BackendError
+from kernelpose.backend import BackendError, check_environment
 from kernelpose.errors import UserError
 
 # name: module with add_arguments(parser) and run(args) -> exit code, and a line of help. A module
@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.set_defaults(run=module.run)
     args = parser.parse_args(argv)
     try:
+        check_environment()
         code: int = args.run(args)
     except (UserError, BackendError) as error:
         print(f"kernelpose: {error}", file=sys.stderr)

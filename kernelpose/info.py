@@ -6,6 +6,7 @@ import argparse
 import importlib.metadata
 import json
 import platform
+import sys
 from typing import Any
 
 import torch
@@ -140,6 +141,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m kernelpose.info", description=__doc__)
-    add_arguments(parser)
-    raise SystemExit(run(parser.parse_args()))
+    from kernelpose.cli import main
+
+    raise SystemExit(main(["info", *sys.argv[1:]]))

@@ -87,14 +87,39 @@ def test_gpu_that_the_core_has_code_for(
 
 
 def test_environment_variable_that_names_no_backend(run_python: Any) -> None:
+    """Importing goes well, a call that names its backend too; the others say what is wrong."""
     script = """
+import torch, kernelpose
+def run(**options):
+    return kernelpose.ops.window_attention(torch.zeros(1, 4, 4, 24), num_heads=2, **options)
+run(backend="eager")
+with kernelpose.backend("cpu"):
+    run()
 try:
-    import kernelpose
-except ValueError as error:
+    run()
+except kernelpose.UserError as error:
     print(error)
 """
     text = run_python(script, KERNELPOSE_BACKEND="fast")
-    assert text.startswith("environment variable KERNELPOSE_BACKEND is 'fast'; expected one of")
+    assert (
+        text == "KERNELPOSE_BACKEND is 'fast'; expected one of cuda, triton, cpu, torch, eager.\n"
+    )
+
+
+def test_environment_variable_that_names_no_instruction_set(run_python: Any) -> None:
+    script = """
+import torch, kernelpose
+qkv = torch.zeros(1, 4, 4, 24)
+kernelpose.ops.window_attention(qkv, num_heads=2, backend="eager")
+for _ in range(2):
+    try:
+        kernelpose.ops.window_attention(qkv, num_heads=2, backend="cpu")
+    except ValueError as error:
+        print(error)
+"""
+    sentence = "KERNELPOSE_CPU_ISA is 'avx3'; expected baseline, avx2 or avx512.\n"
+    assert run_python(script, KERNELPOSE_CPU_ISA="avx3") == 2 * sentence
+    assert run_python(script, KERNELPOSE_CPU_ISA="") == ""
 
 
 def test_explicit_choice_raises_with_the_objection() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import types
@@ -81,6 +82,25 @@ def test_exit_codes(
     monkeypatch.setitem(cli.COMMANDS, "stand-in", ("stand_in", "a stand-in"))
     assert cli.main(["stand-in"]) == code
     assert capsys.readouterr().err == message
+
+
+@pytest.mark.parametrize("module", [["kernelpose", "info"], ["kernelpose.info"]])
+@pytest.mark.parametrize(
+    ("variable", "expected"),
+    [
+        ("KERNELPOSE_BACKEND", "expected one of cuda, triton, cpu, torch, eager."),
+        ("KERNELPOSE_CPU_ISA", "expected baseline, avx2 or avx512."),
+    ],
+)
+def test_wrong_environment_variable(variable: str, expected: str, module: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", *module],
+        env={**os.environ, variable: "nonsense"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == f"kernelpose: {variable} is 'nonsense'; {expected}\n"
 
 
 def test_an_error_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

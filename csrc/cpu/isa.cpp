@@ -2,6 +2,8 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 namespace kernelpose::cpu {
 namespace {
@@ -21,12 +23,15 @@ Isa detect() {
     }
   }
 #endif
-  if (const char* wanted = std::getenv("KERNELPOSE_CPU_ISA")) {
-    for (int level = 0; level < static_cast<int>(best); ++level) {
-      if (std::strcmp(wanted, kNames[level]) == 0) return static_cast<Isa>(level);
+  const char* wanted = std::getenv("KERNELPOSE_CPU_ISA");
+  if (wanted == nullptr || *wanted == '\0') return best;
+  for (int level = 0; level <= static_cast<int>(Isa::kAvx512); ++level) {
+    if (std::strcmp(wanted, kNames[level]) == 0) {
+      return level < static_cast<int>(best) ? static_cast<Isa>(level) : best;
     }
   }
-  return best;
+  throw std::invalid_argument("KERNELPOSE_CPU_ISA is '" + std::string(wanted) +
+                              "'; expected baseline, avx2 or avx512.");
 }
 
 }  // namespace

@@ -10,6 +10,7 @@ namespace kernelpose::cpu {
 enum class Isa { kBaseline, kAvx2, kAvx512 };
 
 // What runs: the best of this machine, or KERNELPOSE_CPU_ISA (baseline, avx2, avx512) if lower.
+// Throws std::invalid_argument, on every call, where that variable is something else.
 Isa isa();
 const char* isa_name();
 
@@ -21,7 +22,7 @@ const char* isa_name();
                                                                : baseline::function)
 #else
 #define KP_FOR_EACH_ISA(DECLARE) DECLARE(baseline)
-#define KP_SELECT_ISA(function) baseline::function
+#define KP_SELECT_ISA(function) (::kernelpose::cpu::isa(), baseline::function)
 #endif
 
 }  // namespace kernelpose::cpu

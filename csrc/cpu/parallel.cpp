@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -96,7 +97,12 @@ void run_parallel(int64_t tasks, int threads, void (*task)(void*, int64_t), void
     runtime().parallel(Work::run, &work, static_cast<unsigned>(threads), 0);
   } else {
     std::vector<std::thread> helpers;
-    for (int i = 1; i < threads; ++i) helpers.emplace_back(Work::run, &work);
+    helpers.reserve(threads - 1);
+    try {
+      for (int i = 1; i < threads; ++i) helpers.emplace_back(Work::run, &work);
+    } catch (const std::system_error&) {
+      // The system gives no more threads: those there are do all the work.
+    }
     Work::run(&work);
     for (auto& helper : helpers) helper.join();
   }
