@@ -180,8 +180,9 @@ def test_shared_memory_starts_as_nan(faults: Path) -> None:
 def test_launch_limits(
     grid_x: int, grid_y: int, block_x: int, block_z: int, shared: int, error: int, faults: Path
 ) -> None:
-    call = Call("launch_empty", [grid_x, grid_y, block_x, block_z, shared])
-    assert run(faults, [call])[0].value == error
+    """What the driver refuses comes back from the launch, and is not found again by another."""
+    launch = Call("launch_empty", [grid_x, grid_y, block_x, block_z, shared])
+    assert [r.value for r in run(faults, [launch, Call("last_error", [])])] == [error, 0]
 
 
 def test_shared_limit_of_other_devices(faults: Path) -> None:

@@ -1,10 +1,15 @@
-// Kernel launches and dynamic shared memory, in a form that the emulator can replace.
+// Kernel launches and dynamic shared memory.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstddef>
 #include <utility>
+
+// All shared memory of a kernel, under one name; the emulator has its own.
+#ifndef KERNELPOSE_EMULATOR
+#define KP_DYNAMIC_SHARED(type, name) extern __shared__ __align__(128) type name[]
+#endif
 
 namespace kernelpose {
 
@@ -14,17 +19,6 @@ inline cudaError_t returned(cudaError_t error) {
   if (error != cudaSuccess) cudaGetLastError();
   return error;
 }
-
-}  // namespace kernelpose
-
-#ifdef KERNELPOSE_EMULATOR
-#include "emulator_launch.h"
-#else
-
-// All shared memory of a kernel, under one name.
-#define KP_DYNAMIC_SHARED(type, name) extern __shared__ __align__(128) type name[]
-
-namespace kernelpose {
 
 // Enqueues kernel<<<grid, block, shared_bytes, stream>>>(args...) on the current device. Neither
 // synchronises nor allocates: it may run inside a graph capture.
@@ -45,5 +39,3 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_by
 }
 
 }  // namespace kernelpose
-
-#endif  // KERNELPOSE_EMULATOR

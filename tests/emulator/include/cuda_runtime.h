@@ -8,8 +8,15 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <map>
+#include <tuple>
+#include <utility>
 
 #include "emulator.h"
+
+// Dynamic shared memory of the block: 16-byte aligned, and no more than that.
+#define KP_DYNAMIC_SHARED(type, name) \
+  type* const name = static_cast<type*>(kernelpose::emulator::dynamic_shared())
 
 #define __global__
 #define __device__
@@ -93,8 +100,13 @@ inline const char* cudaGetErrorName(cudaError_t error) {
   return "unrecognized error code";
 }
 inline const char* cudaGetErrorString(cudaError_t error) { return cudaGetErrorName(error); }
-// What refuses returns its error, so there is never one left over.
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+// What a call that is refused leaves behind, besides returning it, until somebody asks.
+inline thread_local cudaError_t kp_last_error = cudaSuccess;
+inline cudaError_t kp_refuse(cudaError_t error) {
+  if (error != cudaSuccess) kp_last_error = error;
+  return error;
+}
+inline cudaError_t cudaGetLastError() { return std::exchange(kp_last_error, cudaSuccess); }
 inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int device) {
@@ -114,9 +126,42 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   }
   return cudaErrorInvalidValue;
 }
+// Dynamic shared memory that a kernel may be launched with.
+inline int& kp_shared_bytes(const void* kernel) {
+  static std::map<const void*, int> bytes;
+  return bytes.try_emplace(kernel, 48 * 1024).first->second;
+}
 template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int bytes) {
-  return bytes <= kernelpose::emulator::shared_limit() ? cudaSuccess : cudaErrorInvalidValue;
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
+  if (bytes > kernelpose::emulator::shared_limit()) return kp_refuse(cudaErrorInvalidValue);
+  kp_shared_bytes(reinterpret_cast<const void*>(kernel)) = bytes;
+  return cudaSuccess;
+}
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+};
+
+// Runs the whole grid before it returns; every thread gets its own copy of the parameters.
+template <class... P, class... A>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...),
+                               A&&... args) {
+  static_assert((sizeof(P) + ... + 0) <= 4096, "kernel parameters are limited to 4 KB");
+  if (config->dynamicSmemBytes > size_t(kp_shared_bytes(reinterpret_cast<const void*>(kernel)))) {
+    return kp_refuse(cudaErrorInvalidValue);
+  }
+  using Call = std::pair<void (*)(P...), std::tuple<P...>>;
+  Call call{kernel, std::tuple<P...>(std::forward<A>(args)...)};
+  const auto thread = [](void* argument) {
+    const Call& c = *static_cast<const Call*>(argument);
+    std::apply(c.first, c.second);
+  };
+  const dim3 grid = config->gridDim, block = config->blockDim;
+  return kp_refuse(cudaError_t(
+      kernelpose::emulator::run_grid({grid.x, grid.y, grid.z}, {block.x, block.y, block.z},
+                                     config->dynamicSmemBytes, thread, &call)));
 }
 inline cudaError_t cudaMemsetAsync(void* device, int value, size_t bytes, cudaStream_t = nullptr) {
   return memset(device, value, bytes), cudaSuccess;

@@ -31,7 +31,7 @@ void meet(const char* what, uint32_t mask, void* slot, Complete complete, Site s
 // Same, for .sync.aligned instructions: all 32 lanes.
 void mma(bool bfloat16, float* d, const uint32_t* a, const uint32_t* b, const float* c, Site site);
 // `pc` is the code address to name when the access turns out to be a race.
-void ldmatrix(uint32_t* registers, int count, bool transposed, const void* row, Site site,
+void ldmatrix(uint32_t (&registers)[4], bool transposed, const void* row, Site site,
               const void* pc);
 uint64_t shuffle(uint32_t mask, uint64_t bits, int source_lane, Site site);
 uint32_t ballot(uint32_t mask, bool predicate, Site site);

@@ -21,16 +21,10 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
 
 // ldmatrix.sync.aligned.m8n8.x4[.trans].shared.b16; lane 8i + j names row j of matrix i.
 KP_NOT_INLINE void ldmatrix_x4(uint32_t (&r)[4], const void* row, KP_SITE_PARAMETERS) {
-  emulator::ldmatrix(r, 4, false, row, {file, line}, __builtin_return_address(0));
+  emulator::ldmatrix(r, false, row, {file, line}, __builtin_return_address(0));
 }
 KP_NOT_INLINE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, KP_SITE_PARAMETERS) {
-  emulator::ldmatrix(r, 4, true, row, {file, line}, __builtin_return_address(0));
-}
-KP_NOT_INLINE void ldmatrix_x2(uint32_t (&r)[2], const void* row, KP_SITE_PARAMETERS) {
-  emulator::ldmatrix(r, 2, false, row, {file, line}, __builtin_return_address(0));
-}
-KP_NOT_INLINE void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row, KP_SITE_PARAMETERS) {
-  emulator::ldmatrix(r, 2, true, row, {file, line}, __builtin_return_address(0));
+  emulator::ldmatrix(r, true, row, {file, line}, __builtin_return_address(0));
 }
 
 // cp.async.cg.shared.global of 16 bytes; zeros where !valid, and `global` is then not read.

@@ -109,6 +109,9 @@ extern "C" int faulty(float* global, int fault) {
                             fault);
 }
 
+// What a launch of ours left for the next call of the runtime to find.
+extern "C" int last_error() { return cudaGetLastError(); }
+
 extern "C" int launch_empty(int64_t grid_x, int64_t grid_y, int64_t block_x, int64_t block_z,
                             int64_t shared_bytes) {
   return kernelpose::launch(kernelpose::empty_kernel, dim3(grid_x, grid_y),

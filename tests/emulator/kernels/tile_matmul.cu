@@ -38,13 +38,14 @@ __global__ void tile_matmul_kernel(const T* a, const T* b, const T* b_transposed
     __syncthreads();
     const Tile<T>& t = tile[k / 16 % 2];
     if (thread < 32) {
-      uint32_t ra[4], rb[2];
+      uint32_t ra[4], both[4];  // both: the two halves of b, twice
       ldmatrix_x4(ra, &t.a[lane % 16][lane / 16 * 8]);
       if (use_transposed) {
-        ldmatrix_x2(rb, &t.b_transposed[lane % 8][lane / 8 % 2 * 8]);
+        ldmatrix_x4(both, &t.b_transposed[lane % 8][lane / 8 % 2 * 8]);
       } else {
-        ldmatrix_x2_trans(rb, &t.b[lane % 16][0]);
+        ldmatrix_x4_trans(both, &t.b[lane % 16][0]);
       }
+      const uint32_t rb[2] = {both[0], both[1]};
       mma_m16n8k16<T>(sum, ra, rb, sum);
     }
     __syncthreads();

@@ -21,7 +21,6 @@ struct Vote {
 struct Rows {
   uint16_t element[8];  // of the row this lane names
   uint32_t* registers;
-  int count;
   bool transposed;
 };
 
@@ -70,7 +69,7 @@ void distribute(void* const (&slots)[kWarp]) {
   for (int lane = 0; lane < kWarp; ++lane) {
     const Rows& mine = rows(lane);
     const int high = lane / 4, low = lane % 4 * 2;
-    for (int i = 0; i < mine.count; ++i) {
+    for (int i = 0; i < 4; ++i) {
       const uint32_t first =
           mine.transposed ? rows(8 * i + low).element[high] : rows(8 * i + high).element[low];
       const uint32_t second = mine.transposed ? rows(8 * i + low + 1).element[high]
@@ -123,23 +122,19 @@ void mma(bool bfloat16, float* d, const uint32_t* a, const uint32_t* b, const fl
        bfloat16 ? multiply<__nv_bfloat16> : multiply<__half>, site);
 }
 
-void ldmatrix(uint32_t* registers, int count, bool transposed, const void* row, Site site,
+void ldmatrix(uint32_t (&registers)[4], bool transposed, const void* row, Site site,
               const void* pc) {
-  Rows mine{{}, registers, count, transposed};
-  if (lane() < 8 * count) {
-    if (!block.in_shared(row, 16)) {
-      fail("ldmatrix at %s:%d: the row is not in shared memory", site.file, site.line);
-    }
-    if (reinterpret_cast<uintptr_t>(row) % 16 != 0) {
-      fail("ldmatrix at %s:%d: the row is not aligned to 16 bytes", site.file, site.line);
-    }
-    // Read now, before the others come: the instruction orders no memory accesses, __syncwarp does.
-    record_access(*current, row, 16, false, pc);
-    std::memcpy(mine.element, row, 16);
+  Rows mine{{}, registers, transposed};
+  if (!block.in_shared(row, 16)) {
+    fail("ldmatrix at %s:%d: the row is not in shared memory", site.file, site.line);
   }
-  meet(count == 4 ? (transposed ? "ldmatrix x4 trans" : "ldmatrix x4")
-                  : (transposed ? "ldmatrix x2 trans" : "ldmatrix x2"),
-       ~0u, &mine, distribute, site);
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) {
+    fail("ldmatrix at %s:%d: the row is not aligned to 16 bytes", site.file, site.line);
+  }
+  // Read now, before the others come: the instruction orders no memory accesses, __syncwarp does.
+  record_access(*current, row, 16, false, pc);
+  std::memcpy(mine.element, row, 16);
+  meet(transposed ? "ldmatrix x4 trans" : "ldmatrix x4", ~0u, &mine, distribute, site);
 }
 
 }  // namespace kernelpose::emulator
