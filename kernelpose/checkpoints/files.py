@@ -95,7 +95,7 @@ def write_state_dict(path: Path, state_dict: StateDict, *, wrap: bool) -> None:
         try:
             torch.save({"state_dict": state_dict} if wrap else state_dict, part)
         except RuntimeError as error:  # how torch.save reports what the system refuses
-            raise UserError(f"{path} cannot be written: {error}.") from error
+            raise UserError(f"{path} cannot be written: {str(error).splitlines()[0]}.") from error
 
 
 def _state_dict(content: object, where: str) -> StateDict:

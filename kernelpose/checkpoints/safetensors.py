@@ -24,13 +24,12 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# Of a header that is no JSON, of other JSON than a header, and of a shape beyond all memory.
+# Of a header that is no JSON, of other JSON than a header, and of a shape that no tensor has.
 _DAMAGE = (
     ValueError,
     TypeError,
     KeyError,
     AttributeError,
-    RecursionError,
     RuntimeError,
 )
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -89,8 +88,6 @@ def _tensor(
 ) -> torch.Tensor:
     begin, end = data_offsets
     kind = _DTYPES[dtype]
-    if any(side < 0 for side in shape):
-        raise ValueError(f"shape is {shape}; expected no negative sides.")
     if not 0 <= begin <= end <= len(data) or end - begin != math.prod(shape) * kind.itemsize:
         raise ValueError(f"data_offsets are {begin}, {end}; expected the bytes of {dtype} {shape}.")
     # A copy, as the bytes of a tensor need not be aligned to its type.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernelpose.data.boxes import box_to_center_scale, warp_matrix
+from kernelpose.data.boxes import box_to_center_scale, can_be_cropped, warp_matrix
 
 
 def test_center_and_scale_of_real_boxes(shared: Path) -> None:
@@ -71,6 +71,23 @@ def test_corners_of_the_crop(udp: bool) -> None:
     middle = torch.tensor([50.0, 80.0, 1.0], dtype=torch.float64)
     turned = warp_matrix(center, scale, (256, 192), rotation=33.0, udp=udp)[0]
     torch.testing.assert_close(turned @ middle, last / 2)
+
+
+@pytest.mark.parametrize(
+    ("center", "scale", "expected"),
+    [
+        ((5, 5), (10, 10), True),
+        ((5, 2e9), (10, 10), False),
+        ((-2e9, 5), (10, 10), False),
+        ((5, 5), (10, 2e9), False),
+        ((5, 5), (1e-7, 10), False),
+        ((float("nan"), 5), (10, 10), False),
+        ((5, 5), (10, float("nan")), False),
+    ],
+)
+def test_what_float32_can_crop(center, scale, expected: bool) -> None:
+    crop = torch.tensor([center], dtype=torch.float32), torch.tensor([scale], dtype=torch.float32)
+    assert can_be_cropped(*crop).tolist() == [expected]
 
 
 def test_no_boxes_and_wrong_boxes() -> None:

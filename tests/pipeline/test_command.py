@@ -128,7 +128,7 @@ def test_a_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         {"decoder": "classic", "image_size": (128, 96)},
         {"decoder": "simple", "image_size": (64, 48)},
         {"decoder": "classic", "image_size": (64, 48), "patch_stride": 8},
-        {"decoder": "classic", "image_size": (64, 48), "num_keypoints": {"coco": 17, "aic": 14}},
+        {"decoder": "classic", "image_size": (64, 48), "num_keypoints": {"aic": 14, "coco": 17}},
         {"decoder": "simple", "image_size": (64, 48), "patch_stride": 8},
         {"image_size": (64, 48), "attention": "window+shift", "window": (2, 2)},
         {
@@ -222,6 +222,7 @@ def test_an_input_is_not_overwritten(folder: Path, capsys: pytest.CaptureFixture
     for arguments, output in (
         (["b.png", "b_pose.png"], "b_pose.png"),
         (["b.png", "--boxes", "keypoints.json"], "keypoints.json"),
+        (["b.png", "--checkpoint", "keypoints.json"], "keypoints.json"),
     ):
         inputs = [a if a.startswith("--") else str(folder / a) for a in arguments]
         assert main(["predict", *inputs, "--out", str(folder / "alias")]) == 2
