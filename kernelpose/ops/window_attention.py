@@ -306,7 +306,7 @@ def _objection(
     head_dim = qkv.shape[-1] // (3 * options.num_heads)
     if head_dim > MAX_HEAD_DIM:
         return f"its head width is at most {MAX_HEAD_DIM}, and this is {head_dim}"
-    if torch.compiler.is_exporting():  # or its batch size would get an upper bound
+    if torch.compiler.is_exporting():  # or its dynamic sizes would get upper bounds
         return None
     return _too_large(backend, qkv, bias_table, options)
 

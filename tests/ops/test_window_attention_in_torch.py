@@ -101,11 +101,11 @@ class _Block(nn.Module):
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("backend", KERNELS)
 def test_export(backend: str, strict: bool) -> None:
-    """The program holds the op, and its batch size has no bound."""
+    """The program holds the op, and batch and height of the map have no upper bound."""
     device = checks.device_for(backend)
     block, x = _Block().to(device).eval(), torch.randn(2, 9, 7, 32, device=device)
-    other = torch.randn(5, 9, 7, 32, device=device)
-    shapes = ({0: torch.export.Dim("batch")},)
+    other = torch.randn(5, 13, 7, 32, device=device)
+    shapes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("height", min=4)},)
     with kernelpose.backend(backend):
         program = torch.export.export(block, (x,), dynamic_shapes=shapes, strict=strict)
         expected = block(other)
