@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -171,28 +173,51 @@ def test_sdist_holds_all_that_git_does(sdist: Path) -> None:
     assert not [f for f in held if f.endswith((".so", ".o", ".stamp", ".pyc"))]
 
 
-@pytest.mark.full
-def test_sdist_builds_from_itself_and_runs(sdist: Path, tmp_path: Path) -> None:
-    """pip, in its own isolated environment, which has no torch."""
-    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", tmp_path, sdist]
-    environment = {**os.environ, "KERNELPOSE_CUDA_ARCHS": "90"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+def install(sdist: Path, folder: Path, *options: str, **environment: str) -> str:
+    """pip's account of installing `sdist` into `folder`."""
+    command = [sys.executable, "-m", "pip", "-v", "install", "--no-deps", "--target", str(folder)]
+    done = subprocess.run(
+        [*command, *options, str(sdist)],
+        env={**os.environ, **environment}, capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def chosen(folder: Path) -> str:
+    """The backend that the package in `folder` chooses for a window on a CPU, having run it."""
     script = """
 import torch, kernelpose, kernelpose.triton_kernels
-from kernelpose import _native
-assert _native.import_error is None, _native.import_error
-qkv = torch.randn(1, 8, 8, 48)
-out = kernelpose.ops.window_attention(qkv, num_heads=2, window=(4, 4), backend="cpu")
-print(kernelpose.__file__, tuple(out.shape))
+from kernelpose import ops
+from kernelpose.backend import choose
+qkv, options = torch.randn(1, 8, 8, 48), {"num_heads": 2, "window": (4, 4)}
+out, exact = (ops.window_attention(qkv, **options, backend=b) for b in (None, "eager"))
+torch.testing.assert_close(out, exact)
+print(kernelpose.__file__, choose("window_attention", None, qkv, **options))
 """
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    packages = sysconfig.get_path("purelib")  # without its .pth files: an editable core is in one
     done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+        [sys.executable, "-S", "-c", script], cwd=folder,
+        env={**os.environ, "KERNELPOSE_BACKEND": "", "PYTHONPATH": packages},
+        capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert str(tmp_path) in done.stdout
+    file, name = done.stdout.split()
+    assert Path(file).is_relative_to(folder)
+    return name
+
+
+def test_without_the_core_the_package_computes_eagerly(sdist: Path, tmp_path: Path) -> None:
+    install(sdist, tmp_path, "--no-build-isolation", KERNELPOSE_NO_NATIVE="1")
+    assert not list(tmp_path.rglob("*.so"))
+    assert chosen(tmp_path) == "eager"
+
+
+@pytest.mark.full
+def test_sdist_builds_from_itself_and_runs(sdist: Path, tmp_path: Path) -> None:
+    """In the environment that pip makes for it, which has no torch."""
+    account = install(sdist, tmp_path, KERNELPOSE_CUDA_ARCHS="90")
+    installed = " ".join(re.findall(r"Successfully installed (.+)", account)).split()
+    names = {item.rsplit("-", 1)[0] for item in installed}
+    assert names == {"setuptools", "cmake", "ninja", "pybind11", "kernelpose"}
+    assert chosen(tmp_path) == "cpu"
