@@ -40,19 +40,18 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def call(function: str, like: Tensor, *args: Any) -> None:
-    """Run `<device>_<function>(*args, ...)` of the core on the device of `like`.
+def call(function: str, like: Tensor, *args: Any) -> Any:
+    """What `<device>_<function>(*args, ...)` of the core returns, run on the device of `like`.
 
     The last argument is added here: on a CPU the number of threads that torch has, on a GPU torch's
     current stream, read on every call, as graph capture and side streams need it.
     """
     if like.device.type == "cpu":
-        getattr(core, f"cpu_{function}")(*args, torch.get_num_threads())
-        return
+        return getattr(core, f"cpu_{function}")(*args, torch.get_num_threads())
     index = like.device.index
     with torch.cuda.device(index):
         stream = torch._C._cuda_getCurrentRawStream(index)
-        getattr(core, f"cuda_{function}")(*args, stream)
+        return getattr(core, f"cuda_{function}")(*args, stream)
 
 
 def workspace(function: str, like: Tensor, *args: Any) -> Tensor | None:

@@ -116,6 +116,7 @@ def backend_table() -> str:
         torch.float32: "f32",
         torch.float16: "f16",
         torch.bfloat16: "bf16",
+        torch.uint8: "u8",
     }
     lines = [
         "| op | " + " | ".join(f"`{name}`" for name in BACKENDS) + " |",

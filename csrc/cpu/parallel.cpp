@@ -11,6 +11,7 @@
 #if defined(__linux__)
 #include <dlfcn.h>
 #include <link.h>
+#include <sys/mman.h>
 #endif
 
 namespace kernelpose::cpu {
@@ -117,6 +118,17 @@ void* thread_scratch(size_t bytes) {
     scratch.bytes = scratch.memory ? rounded : 0;
   }
   return scratch.memory;
+}
+
+void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t first = (start + kHuge - 1) / kHuge * kHuge,
+                  end = (start + bytes) / kHuge * kHuge;
+  // Advice: where the system does not take it, nothing is lost.
+  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
 }
 
 }  // namespace kernelpose::cpu
