@@ -24,14 +24,9 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# Of a header that is no JSON, of other JSON than a header, and of a shape that no tensor has.
-_DAMAGE = (
-    ValueError,
-    TypeError,
-    KeyError,
-    AttributeError,
-    RuntimeError,
-)
+# Of a header that is no JSON or nested too deep, of other JSON than a header, and of a shape that
+# no tensor has.
+_DAMAGE = (ValueError, TypeError, KeyError, AttributeError, RuntimeError)
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 

@@ -333,7 +333,7 @@ def test_wrong_images_are_named(images: torch.Tensor, error: type[Exception], me
         ({"num_keypoints": {"type": 3}}, "no attribute of nn.ModuleDict"),
         ({"num_keypoints": {"": 3}}, "num_keypoints is .*; expected at least one"),
         ({"num_keypoints": "17"}, "num_keypoints is '17'; expected an integer"),
-        ({"image_size": (64, 48, 3)}, r"image_size is \(64, 48, 3\); expected"),
+        ({"image_size": (64, 48, 48)}, r"image_size is \(64, 48, 48\); expected"),
         ({"image_size": (64.0, 48)}, r"image_size is \(64.0, 48\); expected"),
         ({"num_keypoints": {3: 17}}, "num_keypoints is {3: 17}; expected"),
         ({"image_size": 256}, r"image_size is 256; expected \(height, width\)"),
