@@ -29,7 +29,8 @@ def collect() -> dict[str, Any]:
         "kernelpose": kernelpose.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        # With its build: the registry's metadata of 2.11.0+cu130 says 2.11.0.
+        "packages": {name: _version(name) for name in PACKAGES} | {"torch": str(torch.__version__)},
         "gpu": _gpu(),
         "core": None
         if core is None

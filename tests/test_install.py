@@ -97,7 +97,7 @@ def test_requiring_cuda_without_nvcc_is_an_error(tiny: Path) -> None:
 def test_an_edit_rebuilds_that_file_alone(cuda: bool, tiny: Path) -> None:
     if cuda and shutil.which("nvcc") is None:
         pytest.skip("nvcc is not installed")
-    nvcc = {"KERNELPOSE_CUDA_ARCHS": "9.0"} if cuda else {"CUDA_HOME": str(tiny)}
+    nvcc = {"CUDA_HOME": "" if cuda else str(tiny), "CUDA_PATH": "", "KERNELPOSE_CUDA_ARCHS": "9.0"}
     suffixes = (".cpp", ".cu") if cuda else (".cpp",)
     everything = {Path(name).name for name in TINY if name.endswith(suffixes)}
     assert build(tiny, **nvcc) == everything
