@@ -1,4 +1,4 @@
-"""One forward and backward of every op's example on the GPU, for compute-sanitizer to watch.
+"""Every op's example on the GPU, forward and, where there is one, backward, for compute-sanitizer.
 
 `compute-sanitizer --tool memcheck --error-exitcode 1 python -m tests.sanitize`
 """
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 import kernelpose
 from kernelpose.backend import OPS
@@ -16,9 +17,12 @@ def main() -> None:
     for name, spec in OPS.items():
         for dtype in spec.dtypes.get("cuda", ()):
             inputs, options = spec.example(device, dtype)
-            leaves = [x.normal_().requires_grad_() for x in inputs if x.is_floating_point()]
+            backward = spec.directions == "fwd+bwd"
+            tensors = [x for x in inputs if isinstance(x, Tensor) and x.is_floating_point()]
+            leaves = [x.normal_().requires_grad_(backward) for x in tensors]
             output = getattr(kernelpose.ops, name)(*inputs, **options, backend="cuda")
-            torch.autograd.grad(output.sum(), leaves)
+            if backward:
+                torch.autograd.grad(output.sum(), leaves)
             torch.cuda.synchronize()
             print(f"{name} {dtype}: ran")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from kernelpose.codecs.coordinates import heatmap_to_image, heatmap_to_input, input_to_heatmap
 from kernelpose.codecs.decode import DECODE_MODES, decode_heatmap
-from kernelpose.codecs.flip import flip_back, flip_merge
 from kernelpose.codecs.heatmap import encode_msra, encode_udp
-from kernelpose.codecs.simcc import decode_simcc, encode_simcc
+from kernelpose.codecs.simcc import encode_simcc
+from kernelpose.ops import decode_simcc, flip_merge
 
 __all__ = [
     "DECODE_MODES",
@@ -15,7 +15,6 @@ __all__ = [
     "encode_msra",
     "encode_simcc",
     "encode_udp",
-    "flip_back",
     "flip_merge",
     "heatmap_to_image",
     "heatmap_to_input",

@@ -1,4 +1,4 @@
-"""SimCC: one classification over bins per axis."""
+"""SimCC targets: one classification over bins per axis."""
 
 from __future__ import annotations
 
@@ -67,28 +67,3 @@ def encode_simcc(
             ).to(keypoints.dtype)
         targets.append(torch.where(drawn, target, torch.zeros_like(target)))
     return targets[0], targets[1], weights
-
-
-def decode_simcc(
-    logits_x: Tensor, logits_y: Tensor, *, split_ratio: float = 2.0
-) -> tuple[Tensor, Tensor]:
-    """The best bin per axis, in input pixels, and the smaller of the two maxima as score.
-
-    Args:
-        logits_x, logits_y: (B, K, width bins) and (B, K, height bins).
-
-    Returns:
-        Keypoints (B, K, 2) and scores (B, K), float32. A joint whose score is not positive lies
-        at -1 / split_ratio on both axes; one whose logits hold NaN does too, with score 0.
-    """
-    if logits_x.dim() != 3 or logits_x.shape[:2] != logits_y.shape[:2] or logits_y.dim() != 3:
-        raise ValueError(
-            f"logits_x and logits_y have shapes {tuple(logits_x.shape)} and "
-            f"{tuple(logits_y.shape)}; expected (B, K, bins) with the same B and K."
-        )
-    best_x, index_x = logits_x.float().max(-1)
-    best_y, index_y = logits_y.float().max(-1)
-    scores = torch.minimum(best_x, best_y)
-    locations = torch.stack((index_x, index_y), -1).float()
-    locations = torch.where((scores > 0)[..., None], locations, -1.0)
-    return locations / split_ratio, torch.where(scores.isnan(), 0.0, scores)
