@@ -4,10 +4,6 @@
 
 #include "bind.h"
 
-#ifdef KERNELPOSE_WITH_CUDA
-#include "cuda/crop_normalize.h"
-#endif
-
 namespace kernelpose::bindings {
 namespace {
 
@@ -68,18 +64,6 @@ KP_BIND(m) {
     check_memory(refused != kNoMemory, "crop_normalize");
     return refused;
   });
-#ifdef KERNELPOSE_WITH_CUDA
-  m.def("cuda_crop_normalize", [](const ImageSetTuple& images, Address boxes, Address image_index,
-                                  Address turns, Address crops, Address centers, Address scales,
-                                  const CropTuple& shape, int dtype, Address stream) {
-    const py::gil_scoped_release release;
-    check_cuda(
-        cuda::crop_normalize(image_set_of(images),
-                             persons_of(boxes, image_index, turns, centers, scales), pointer(crops),
-                             crop_shape_of(shape), static_cast<DType>(dtype), stream_of(stream)),
-        "crop_normalize");
-  });
-#endif
 }
 
 }  // namespace kernelpose::bindings
