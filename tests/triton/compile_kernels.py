@@ -1,4 +1,4 @@
-"""Compiles window_attention's Triton kernels without a GPU and prints what they use, as JSON lines.
+"""Compiles Triton kernels without a GPU and prints what they use, as JSON lines.
 
 Reads a JSON list of variants from standard input. Run in a process of its own: Triton compiles, or
 interprets, for the life of a process.
@@ -6,6 +6,7 @@ interprets, for the life of a process.
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
@@ -14,7 +15,6 @@ import tempfile
 from typing import Any
 
 import triton
-from kernelpose.triton_kernels import window_attention, window_attention_backward
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -23,22 +23,35 @@ FLOATS = {"bias", "lse", "delta", "grad_pooled", "partial", "pairs", "grad_bias"
 
 
 def compile_variant(
-    name: str, dtype: str, arch: int, constants: dict[str, Any], options: dict[str, Any]
+    name: str,
+    dtype: str,
+    arch: int,
+    constants: dict[str, Any],
+    options: dict[str, Any],
+    module: str,
+    types: dict[str, str] | None = None,
 ) -> dict[str, int]:
-    """Registers a thread, bytes of stack and local memory a thread, shared bytes a block."""
-    module = window_attention if hasattr(window_attention, name) else window_attention_backward
-    kernel = getattr(module, name)
+    """Registers a thread, bytes of stack and local memory a thread, shared bytes a block.
+
+    types: Triton's types of the parameters that are neither constants nor i32; by default those of
+    window_attention's kernels.
+    """
+    kernel = getattr(importlib.import_module(f"kernelpose.triton_kernels.{module}"), name)
+    if types is None:
+        types = dict.fromkeys(MAPS, "*" + dtype) | dict.fromkeys(FLOATS, "*fp32")
+        types["scale"] = "fp32"
     signature, constexprs, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         key = parameter.name
         if parameter.is_constexpr or constants.get(key, 0) is None:
             signature[key] = "constexpr"
             constexprs[(i,)] = constants[key]
-        elif key in MAPS | FLOATS:
-            signature[key] = "*fp32" if key in FLOATS else "*" + dtype
-            attributes[(i,)] = [["tt.divisibility", 16]]
+            if isinstance(constants[key], list):  # JSON knows no tuple
+                constexprs[(i,)] = tuple(constants[key])
         else:
-            signature[key] = "fp32" if key == "scale" else "i32"
+            signature[key] = types.get(key, "i32")
+            if signature[key].startswith("*"):
+                attributes[(i,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(
         ASTSource(kernel, signature, constexprs, attributes),
         target=GPUTarget("cuda", arch, 32),

@@ -21,15 +21,24 @@ with pytest.MonkeyPatch.context() as patch:
     if INTERPRET:
         patch.setenv("TRITON_INTERPRET", "1")
     triton = pytest.importorskip("triton")
-    from kernelpose.triton_kernels import window_attention
+    from kernelpose.triton_kernels import (  # noqa: F401  # each op's, decorated here
+        decode_simcc,
+        flip_merge,
+        window_attention,
+    )
 
 
 @pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the calls of kernels, where no GPU is."""
     interpreted = not isinstance(triton.language.sum, triton.JITFunction)
     assert interpreted == INTERPRET, "Triton was imported before this folder chose its interpreter"
     if INTERPRET:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def kernels(interpreter: None) -> ModuleType:
     return window_attention
 
 

@@ -7,19 +7,14 @@ partition; with --full all of them, for sm_80 as well.
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 from kernelpose.triton_kernels import window_attention
 from kernelpose.triton_kernels import window_attention_tiles as tiles
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = Path(__file__).with_name("compile_kernels.py")
+from tests.triton.aot import compile_all
+
 ARCHS = (80, 90)
 DTYPES = {"fp32": 4, "fp16": 2, "bf16": 2}
 HEAD_DIMS = {16: 16, 32: 20, 64: 64, 128: 80}  # block_d -> the head width it is compiled for
@@ -63,20 +58,15 @@ def _constants(
 
 def _check(runs: list[tuple[str, tiles.Tile, dict[str, Any]]]) -> None:
     variants = [
-        {"name": name, "options": window_attention.launch_options(tile), **rest}
+        {
+            "name": name,
+            "module": "window_attention",
+            "options": window_attention.launch_options(tile),
+            **rest,
+        }
         for name, tile, rest in runs
     ]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    paths = [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT)],
-        input=json.dumps(variants),
-        env=environment | {"PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    used = [json.loads(line) for line in done.stdout.splitlines()]
+    used = compile_all(variants)
     faults = []
     for (name, tile, rest), usage in zip(runs, used, strict=True):
         within = usage["registers"] <= tile.registers and usage["shared"] <= tile.shared
