@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.forward import compare  # noqa: F401  # a fixture
 from benchmarks.report import Report
 from benchmarks.rows import Row
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.timing import MAX_CALLS, Times, gpu_stream, time_all
 
-Function = Callable[..., Tensor]
+Function = Callable[..., Any]  # gives a tensor or several
 
 
 @dataclass(frozen=True)
