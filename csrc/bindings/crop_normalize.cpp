@@ -4,18 +4,20 @@
 
 #include "bind.h"
 
+#ifdef KERNELPOSE_WITH_CUDA
+#include "cuda/crop_normalize.h"
+#endif
+
 namespace kernelpose::bindings {
 namespace {
 
-// (address, address of the table or 0, images, height, width, and in bytes the strides of image,
-// row, pixel and channel)
-using ImageSetTuple =
-    std::tuple<Address, Address, int64_t, int, int, int64_t, int64_t, int64_t, int64_t>;
+// (images, height, width, and in bytes the strides of image, row, pixel and channel)
+using ImagesTuple = std::tuple<int64_t, int, int, int64_t, int64_t, int64_t, int64_t>;
 
-ImageSet image_set_of(const ImageSetTuple& t) {
-  const auto& [pixels, table, count, height, width, stride, row, pixel, channel] = t;
+ImageSet image_set_of(Address first, Address table, const ImagesTuple& t) {
+  const auto& [count, height, width, stride, row, pixel, channel] = t;
   return {pointer<const int64_t>(table),
-          {pointer<const uint8_t>(pixels), height, width, row, pixel, channel},
+          {pointer<const uint8_t>(first), height, width, row, pixel, channel},
           stride,
           count};
 }
@@ -53,17 +55,31 @@ Persons persons_of(Address boxes, Address image_index, Address turns, Address ce
 
 KP_BIND(m) {
   // The first person without a crop, or -1.
-  m.def("cpu_crop_normalize", [](const ImageSetTuple& images, Address boxes, Address image_index,
-                                 Address turns, Address crops, Address centers, Address scales,
-                                 const CropTuple& shape, int dtype, int threads) {
+  m.def("cpu_crop_normalize", [](Address first, Address table, const ImagesTuple& images,
+                                 Address boxes, Address image_index, Address turns, Address crops,
+                                 Address centers, Address scales, const CropTuple& shape, int dtype,
+                                 int threads) {
     using namespace cpu;
     const py::gil_scoped_release release;
     const int64_t refused = KP_SELECT_ISA(crop_normalize)(
-        image_set_of(images), persons_of(boxes, image_index, turns, centers, scales),
+        image_set_of(first, table, images), persons_of(boxes, image_index, turns, centers, scales),
         pointer(crops), crop_shape_of(shape), static_cast<DType>(dtype), threads);
     check_memory(refused != kNoMemory, "crop_normalize");
     return refused;
   });
+#ifdef KERNELPOSE_WITH_CUDA
+  m.def("cuda_crop_normalize",
+        [](Address first, Address table, const ImagesTuple& images, Address boxes,
+           Address image_index, Address turns, Address crops, Address centers, Address scales,
+           const CropTuple& shape, int dtype, Address stream) {
+          const py::gil_scoped_release release;
+          check_cuda(cuda::crop_normalize(image_set_of(first, table, images),
+                                          persons_of(boxes, image_index, turns, centers, scales),
+                                          pointer(crops), crop_shape_of(shape),
+                                          static_cast<DType>(dtype), stream_of(stream)),
+                     "crop_normalize");
+        });
+#endif
 }
 
 }  // namespace kernelpose::bindings

@@ -211,32 +211,26 @@ def _refuse(
     )
 
 
-# (address, address of the table or 0, images, height, width, and in bytes the strides of image,
-# row, pixel and channel): ImageSetTuple of csrc/bindings/crop_normalize.cpp.
-ImageSet = tuple[int, ...]
+def image_set(images: Sequence[Tensor]) -> tuple[tuple[int, ...], Tensor | None]:
+    """How a kernel finds the images, starting from the address of the first.
 
-
-def image_set(images: Sequence[Tensor]) -> tuple[ImageSet, Tensor | None]:
-    """How a kernel finds the pixels, and the table that must live until it is queued.
-
-    Several images of a list need a table (N, 6) int64 on the device: address, height, width, and
-    the strides of row, pixel and channel.
+    Either (images, height, width, and the strides of image, row, pixel and channel), or zeros but
+    for their number and a table (N, 6) int64 on their device: distance from the first in bytes,
+    height, width, and the strides of row, pixel and channel.
     """
     first = images[0]
     if len(images) == 1:
         count, stride = (len(first), first.stride(0)) if first.ndim == 4 else (1, 0)
-        found = (count, *first.shape[-3:-1], stride, *first.stride()[-3:])
-        return (first.data_ptr(), 0, *found), None
+        return (count, *first.shape[-3:-1], stride, *first.stride()[-3:]), None
     if first.is_cuda and torch.cuda.is_current_stream_capturing():
         raise ValueError(
             f"images is a list of {len(images)}; expected a batch while a CUDA graph is captured, "
             "which would keep their addresses."
         )
-    table = torch.tensor(
-        [(image.data_ptr(), *image.shape[:2], *image.stride()) for image in images],
-        pin_memory=first.is_cuda,
-    ).to(first.device, non_blocking=True)
-    return (first.data_ptr(), table.data_ptr(), len(images), *(0 for _ in range(6))), table
+    start = first.data_ptr()
+    rows = [(image.data_ptr() - start, *image.shape[:2], *image.stride()) for image in images]
+    table = torch.tensor(rows, pin_memory=first.is_cuda).to(first.device, non_blocking=True)
+    return (len(images), 0, 0, 0, 0, 0, 0), table
 
 
 def _run(
@@ -259,19 +253,19 @@ def _run(
     if backend == "cpu":  # by pixels of three neighbouring bytes
         images = [i if i.stride()[-2:] == (3, 1) else i.contiguous() for i in images]
     found, table = image_set(images)
-    tensors = (boxes, image_index, turns, crops, centers, scales)
+    persons = (boxes, image_index, turns, crops, centers, scales)
     if backend == "triton":
         from kernelpose.triton_kernels import crop_normalize as kernels
 
-        kernels.forward(images[0], found, table, *tensors, *options[1:5])
+        kernels.forward(images[0], table, found, *persons, *options[1:5])
         return crops, centers, scales
     size, padding, mean, std, udp, dtype = options
     shape = (len(boxes), *size, padding, udp, *mean, *std)
-    addresses = [_native.address(t) for t in tensors]
-    code = _native.DTYPE_CODES[dtype]
-    refused = _native.call("crop_normalize", crops, found, *addresses, shape, code)
+    pixels, places, *addresses = (_native.address(t) for t in (images[0], table, *persons))
+    native = (pixels, places, found, *addresses, shape, _native.DTYPE_CODES[dtype])
+    refused = _native.call("crop_normalize", crops, *native)
     if backend == "cpu" and refused >= 0:
-        _refuse(refused, boxes, image_index, rotation, found[2])
+        _refuse(refused, boxes, image_index, rotation, found[0])
     return crops, centers, scales
 
 
@@ -298,7 +292,7 @@ _op = register(
 def _example(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Four persons on each of two photographs."""
     images = torch.zeros(2, 480, 640, 3, dtype=torch.uint8, device=device)
-    boxes = torch.tensor([[100.0, 100.0, 150.0, 300.0]], device=device).repeat(8, 1)
+    boxes = torch.tensor([[100, 100, 150, 300]], device=device).repeat(8, 1)
     index = torch.arange(8, device=device) % 2
     return (images, boxes, index), {"size": (256, 192)}
 
@@ -306,7 +300,7 @@ def _example(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...],
 register_backends(
     OpSpec(
         name="crop_normalize",
-        dtypes=dict.fromkeys(("cpu", "eager"), (torch.uint8,)),
+        dtypes=dict.fromkeys(("cuda", "triton", "cpu", "eager"), (torch.uint8,)),
         directions="fwd",
         automatic=lambda images: ("cpu",) if images.device.type == "cpu" else ("cuda", "triton"),
         objection=lambda *inputs, **options: None,

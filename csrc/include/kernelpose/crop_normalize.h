@@ -4,11 +4,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__) || defined(KERNELPOSE_EMULATOR)
-#define KP_HOST_DEVICE __host__ __device__
-#else
-#define KP_HOST_DEVICE
-#endif
+#include "host_device.h"
 
 namespace kernelpose {
 
@@ -20,7 +16,7 @@ struct Image {
 };
 
 // Images of one size at equal distances, or, where there is a table, of a row of six numbers each:
-// address, height, width, and the strides of row, pixel and channel.
+// distance from the first image in bytes, height, width, and the strides of row, pixel and channel.
 struct ImageSet {
   const int64_t* table;
   Image first;
@@ -28,18 +24,19 @@ struct ImageSet {
   int64_t count;
 
   KP_HOST_DEVICE Image at(int64_t index) const {
+    Image image = first;
     if (table == nullptr) {
-      Image image = first;
       image.pixels += index * stride;
       return image;
     }
     const int64_t* entry = table + 6 * index;
-    return {reinterpret_cast<const uint8_t*>(entry[0]),
-            static_cast<int>(entry[1]),
-            static_cast<int>(entry[2]),
-            entry[3],
-            entry[4],
-            entry[5]};
+    image.pixels += entry[0];
+    image.height = static_cast<int>(entry[1]);
+    image.width = static_cast<int>(entry[2]);
+    image.row = entry[3];
+    image.pixel = entry[4];
+    image.channel = entry[5];
+    return image;
   }
 };
 
