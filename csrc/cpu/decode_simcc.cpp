@@ -12,8 +12,8 @@
 namespace kernelpose::cpu::KP_ISA {
 namespace {
 
-constexpr int kBlock = 128;  // logits
-constexpr int64_t kTaskJoints = 8;
+constexpr int kBlock = 128;             // logits
+constexpr int64_t kTaskLogits = 32768;  // less is not worth waking a thread for
 constexpr float kNever = -std::numeric_limits<float>::infinity();
 
 // The block in float32, padded to kBlock with -infinity.
@@ -67,10 +67,10 @@ SimccPeak peak(const Element* row, int bins) {
 template <class Element>
 void decode(const Element* x, const Element* y, const float* centers, const float* scales,
             float* points, float* scores, const DecodeSimccShape& shape, int threads) {
-  const int64_t tasks = (shape.rows() + kTaskJoints - 1) / kTaskJoints;
-  parallel_for(tasks, threads, [&](int64_t task) {
-    const int64_t end = std::min(shape.rows(), (task + 1) * kTaskJoints);
-    for (int64_t row = task * kTaskJoints; row < end; ++row) {
+  const int64_t joints = std::max<int64_t>(1, kTaskLogits / (shape.bins_x + shape.bins_y));
+  parallel_for((shape.rows() + joints - 1) / joints, threads, [&](int64_t task) {
+    const int64_t end = std::min(shape.rows(), (task + 1) * joints);
+    for (int64_t row = task * joints; row < end; ++row) {
       const int64_t crop = centers ? row / shape.joints * 2 : 0;
       write_simcc_joint(shape, peak(x + row * shape.bins_x, shape.bins_x),
                         peak(y + row * shape.bins_y, shape.bins_y),

@@ -10,8 +10,8 @@
 namespace kernelpose::cpu::KP_ISA {
 namespace {
 
-constexpr int64_t kTaskPixels = 16384;
-constexpr int kBlock = 256;  // 16-bit pixels that are converted at a time
+constexpr int64_t kTaskPixels = 32768;  // fewer are not worth waking a thread for
+constexpr int kBlock = 256;             // 16-bit pixels that are converted at a time
 
 template <class V, int... I>
 inline V reverse(V v, std::integer_sequence<int, I...>) {
