@@ -24,23 +24,6 @@ def heatmap_to_input(
     return points * _ratio(points, input_size, heatmap_size, udp)
 
 
-def heatmap_to_image(
-    points: Tensor, center: Tensor, scale: Tensor, heatmap_size: tuple[int, int], *, udp: bool
-) -> Tensor:
-    """Heatmap pixels (B, K, 2) to image pixels.
-
-    Args:
-        points: (B, K, 2) x, y in heatmap pixels.
-        center, scale: (B, 2) of the crop, in image pixels; scale is (width, height).
-        heatmap_size: (height, width).
-        udp: whether ``scale`` spans pixel centres (``size - 1``) or cells (``size``).
-    """
-    size = torch.tensor(heatmap_size[::-1], device=points.device, dtype=points.dtype)
-    center, scale = center.to(points), scale.to(points)
-    unit = scale / (size - 1 if udp else size)
-    return points * unit[:, None] + (center - scale / 2)[:, None]
-
-
 def check_keypoints(keypoints: Tensor, visible: Tensor) -> None:
     """Raise ValueError unless keypoints is a float (B, K, 2) and visible (B, K)."""
     if keypoints.dim() != 3 or keypoints.shape[-1] != 2 or not keypoints.is_floating_point():

@@ -1,8 +1,15 @@
 """The ops as functions; each is `kernelpose.ops.<op>` and its file `kernelpose/ops/<op>.py`."""
 
 from kernelpose.ops.crop_normalize import crop_normalize
+from kernelpose.ops.decode_heatmap import decode_heatmap
 from kernelpose.ops.decode_simcc import decode_simcc
 from kernelpose.ops.flip_merge import flip_merge
 from kernelpose.ops.window_attention import window_attention
 
-__all__ = ["crop_normalize", "decode_simcc", "flip_merge", "window_attention"]
+__all__ = [
+    "crop_normalize",
+    "decode_heatmap",
+    "decode_simcc",
+    "flip_merge",
+    "window_attention",
+]

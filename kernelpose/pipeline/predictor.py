@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kernelpose.codecs import DECODE_MODES, decode_heatmap, flip_merge, heatmap_to_image
+from kernelpose.codecs import DECODE_MODES, decode_heatmap, flip_merge
 from kernelpose.data.boxes import box_to_center_scale, can_be_cropped, warp_matrix
 from kernelpose.data.crop import crop_image, normalize
 from kernelpose.data.skeletons import COCO, Skeleton
@@ -132,9 +132,7 @@ class Predictor:
         if self.flip_test:
             flipped = self.model(images.flip(-1))
             heatmaps = flip_merge(heatmaps, flipped, self.skeleton.flip_pairs)
-        locations, scores = decode_heatmap(heatmaps, mode=self.decode)
-        size = (heatmaps.shape[2], heatmaps.shape[3])
-        return heatmap_to_image(locations, center, scale, size, udp=True), scores
+        return decode_heatmap(heatmaps, center, scale, mode=self.decode)
 
 
 def _tensor(values: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""From heatmaps to keypoints: arg-max, then one of the refinements found in the field."""
+"""From heatmaps to keypoints, in plain PyTorch: arg-max, then a refinement found in the field."""
 
 from __future__ import annotations
 
@@ -13,59 +13,52 @@ DECODE_MODES = ("mmpose1", "mmpose0", "transformers", "dark", "shift", "argmax")
 
 
 def decode_heatmap(
-    heatmaps: Tensor, *, mode: str = "mmpose1", blur_kernel: int = 11
+    heatmaps: Tensor,
+    centers: Tensor | None = None,
+    scales: Tensor | None = None,
+    mode: str = "mmpose1",
+    kernel: int = 11,
+    udp: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Sub-pixel peaks of heatmaps.
+    """Keypoints (P, K, 2) and scores (P, K), float32; see `kernelpose.ops.decode_heatmap`."""
+    locations, scores = locate(heatmaps.float(), mode, kernel)
+    if centers is None or scales is None:
+        return locations, scores
+    size = (heatmaps.shape[2], heatmaps.shape[3])
+    return heatmap_to_image(locations, centers, scales, size, udp=udp), scores
 
-    ======================  ===================================================================
-    mode                    refinement of the arg-max
-    ======================  ===================================================================
-    ``mmpose1``             UDP's Newton step on log maps blurred with zeros outside and rescaled
-                            to the old maximum (mmpose 1.x)
-    ``mmpose0``             the same, blurred with mirrored borders, not rescaled (mmpose 0.x,
-                            official ViTPose)
-    ``transformers``        the same, blurred with sigma 0.8 whatever the kernel (transformers)
-    ``dark``                DARK's Newton step with differences over two pixels, on the blur of
-                            ``mmpose1``; none near the border
-    ``shift``               a quarter pixel towards the higher neighbour
-    ``argmax``              none
-    ======================  ===================================================================
 
-    Newton step: Huang et al., "The Devil is in the Details", 2020; Zhang et al.,
-    "Distribution-Aware Coordinate Representation", 2020.
-
-    Args:
-        heatmaps: (B, K, h, w), floating point; computed in float32.
-        blur_kernel: odd width of the blur in pixels; 11 goes with targets of sigma 2.
-
-    Returns:
-        Locations (B, K, 2) as x, y in heatmap pixels and scores (B, K), both float32. The score
-        is the maximum before the blur. A map whose maximum is not positive has no location:
-        (-1, -1), in every mode. A map that holds NaN, or whose maximum is infinite, neither has
-        one; its score is 0.
-    """
-    if heatmaps.dim() != 4 or not heatmaps.is_floating_point() or 0 in heatmaps.shape[2:]:
-        raise ValueError(
-            f"heatmaps is {heatmaps.dtype} {tuple(heatmaps.shape)}; expected a floating-point "
-            "(B, K, h, w) tensor, h, w >= 1."
-        )
-    if mode not in DECODE_MODES:
-        raise ValueError(f"mode is {mode!r}; expected one of {', '.join(DECODE_MODES)}.")
-    if blur_kernel < 1 or blur_kernel % 2 == 0:
-        raise ValueError(f"blur_kernel is {blur_kernel}; expected a positive odd number.")
-    heatmaps = heatmaps.float()
+def locate(heatmaps: Tensor, mode: str, kernel: int) -> tuple[Tensor, Tensor]:
+    """Peaks (P, K, 2) of maps (P, K, h, w) in heatmap pixels and scores, in the maps' own dtype."""
     width = heatmaps.shape[-1]
-    scores, index = heatmaps.flatten(2).max(-1)
+    scores, index = heatmaps.flatten(2).max(-1)  # of equal maxima the first
     x, y = index % width, torch.div(index, width, rounding_mode="floor")
-    offset = _REFINE[mode](heatmaps, x, y, blur_kernel)
+    offset = _REFINE[mode](heatmaps, x, y, blur_weights(mode, kernel))
     offset = torch.where(offset.isfinite(), offset, torch.zeros_like(offset))
-    locations = torch.stack((x, y), -1).float() + offset
+    locations = torch.stack((x, y), -1) + offset
     present = (scores > 0) & scores.isfinite()
     locations = torch.where(present[..., None], locations, -1.0)
     return locations, torch.where(scores.isfinite(), scores, 0.0)
 
 
-_Refinement = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+def heatmap_to_image(
+    points: Tensor, center: Tensor, scale: Tensor, heatmap_size: tuple[int, int], *, udp: bool
+) -> Tensor:
+    """Heatmap pixels (B, K, 2) to image pixels.
+
+    Args:
+        points: (B, K, 2) x, y in heatmap pixels.
+        center, scale: (B, 2) of the crop, in image pixels; scale is (width, height).
+        heatmap_size: (height, width).
+        udp: whether ``scale`` spans pixel centres (``size - 1``) or cells (``size``).
+    """
+    size = torch.tensor(heatmap_size[::-1], device=points.device, dtype=points.dtype)
+    center, scale = center.to(points), scale.to(points)
+    unit = scale / (size - 1 if udp else size)
+    return points * unit[:, None] + (center - scale / 2)[:, None]
+
+
+_Refinement = Callable[[Tensor, Tensor, Tensor, tuple[float, ...]], Tensor]
 
 
 def _neighbours(maps: Tensor, x: Tensor, y: Tensor) -> Callable[[int, int], Tensor]:
@@ -84,11 +77,11 @@ def _neighbours(maps: Tensor, x: Tensor, y: Tensor) -> Callable[[int, int], Tens
     return at
 
 
-def _no_refinement(heatmaps: Tensor, x: Tensor, y: Tensor, blur_kernel: int) -> Tensor:
-    return torch.zeros(*x.shape, 2, device=heatmaps.device)
+def _no_refinement(heatmaps: Tensor, x: Tensor, y: Tensor, weights: tuple[float, ...]) -> Tensor:
+    return heatmaps.new_zeros(*x.shape, 2)
 
 
-def _shift_refinement(heatmaps: Tensor, x: Tensor, y: Tensor, blur_kernel: int) -> Tensor:
+def _shift_refinement(heatmaps: Tensor, x: Tensor, y: Tensor, weights: tuple[float, ...]) -> Tensor:
     height, width = heatmaps.shape[-2:]
     at = _neighbours(heatmaps, x, y)
     # The bounds are mmpose's, off by one on the low side.
@@ -99,9 +92,9 @@ def _shift_refinement(heatmaps: Tensor, x: Tensor, y: Tensor, blur_kernel: int) 
     return torch.stack((dx, dy), -1) * 0.25
 
 
-def _dark_refinement(heatmaps: Tensor, x: Tensor, y: Tensor, blur_kernel: int) -> Tensor:
+def _dark_refinement(heatmaps: Tensor, x: Tensor, y: Tensor, weights: tuple[float, ...]) -> Tensor:
     height, width = heatmaps.shape[-2:]
-    blurred = _rescaled(_blur(heatmaps, _opencv_gaussian(blur_kernel), _pad_zeros), heatmaps)
+    blurred = _rescaled(_blur(heatmaps, weights, _pad_zeros), heatmaps)
     at = _neighbours(blurred.clamp(min=1e-10).log(), x, y)
     dx = 0.5 * (at(1, 0) - at(-1, 0))
     dy = 0.5 * (at(0, 1) - at(0, -1))
@@ -123,54 +116,67 @@ def _udp_refinement(blurred: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return _newton_step(dx, dy, dxx, dxy, dyy, damping=torch.finfo(torch.float32).eps)
 
 
-def _mmpose1_refinement(heatmaps: Tensor, x: Tensor, y: Tensor, blur_kernel: int) -> Tensor:
-    blurred = _blur(heatmaps, _opencv_gaussian(blur_kernel), _pad_zeros)
+def _mmpose1_refinement(
+    heatmaps: Tensor, x: Tensor, y: Tensor, weights: tuple[float, ...]
+) -> Tensor:
+    blurred = _blur(heatmaps, weights, _pad_zeros)
     return _udp_refinement(_rescaled(blurred, heatmaps), x, y)
 
 
-def _mmpose0_refinement(heatmaps: Tensor, x: Tensor, y: Tensor, blur_kernel: int) -> Tensor:
-    return _udp_refinement(_blur(heatmaps, _opencv_gaussian(blur_kernel), _pad_mirrored), x, y)
+def _mmpose0_refinement(
+    heatmaps: Tensor, x: Tensor, y: Tensor, weights: tuple[float, ...]
+) -> Tensor:
+    return _udp_refinement(_blur(heatmaps, weights, _pad_mirrored), x, y)
 
 
-def _transformers_refinement(heatmaps: Tensor, x: Tensor, y: Tensor, blur_kernel: int) -> Tensor:
-    return _udp_refinement(_blur(heatmaps, _gaussian(blur_kernel, 0.8), _pad_symmetric), x, y)
+def _transformers_refinement(
+    heatmaps: Tensor, x: Tensor, y: Tensor, weights: tuple[float, ...]
+) -> Tensor:
+    return _udp_refinement(_blur(heatmaps, weights, _pad_symmetric), x, y)
 
 
 def _newton_step(
     dx: Tensor, dy: Tensor, dxx: Tensor, dxy: Tensor, dyy: Tensor, *, damping: float
 ) -> Tensor:
     """-H^-1 g in float64, as numpy does it: a flat peak is nearly singular."""
+    dtype = dx.dtype
     dx, dy, dxx, dxy, dyy = (value.double() for value in (dx, dy, dxx, dxy, dyy))
     dxx, dyy = dxx + damping, dyy + damping
     determinant = dxx * dyy - dxy * dxy
     step = torch.stack((dxy * dy - dyy * dx, dxy * dx - dxx * dy), -1)
-    return (step / determinant[..., None]).float()
+    return (step / determinant[..., None]).to(dtype)
 
 
-def _opencv_gaussian(kernel: int) -> list[float]:
-    """OpenCV's Gaussian for a kernel width without sigma: small widths are binomial."""
-    binomial = {
-        1: [1.0],
-        3: [0.25, 0.5, 0.25],
-        5: [0.0625, 0.25, 0.375, 0.25, 0.0625],
-        7: [0.03125, 0.109375, 0.21875, 0.28125, 0.21875, 0.109375, 0.03125],
-    }
-    return binomial.get(kernel) or _gaussian(kernel, 0.3 * ((kernel - 1) * 0.5 - 1) + 0.8)
-
-
-def _gaussian(kernel: int, sigma: float) -> list[float]:
+def blur_weights(mode: str, kernel: int) -> tuple[float, ...]:
+    """The blur's factors along an axis; one for the modes that do not blur."""
+    if mode in ("shift", "argmax"):
+        return (1.0,)
+    # OpenCV takes fixed tables for small kernels, and else derives sigma from the width.
+    if mode != "transformers" and kernel in _BINOMIAL:
+        return _BINOMIAL[kernel]
+    sigma = 0.8 if mode == "transformers" else 0.3 * ((kernel - 1) * 0.5 - 1) + 0.8
     radius = kernel // 2
     values = [math.exp(-(i**2) / (2 * sigma**2)) for i in range(-radius, radius + 1)]
-    return [value / sum(values) for value in values]
+    return tuple(value / sum(values) for value in values)
 
 
-def _blur(heatmaps: Tensor, kernel: list[float], pad: Callable[[Tensor, int], Tensor]) -> Tensor:
+_BINOMIAL = {
+    1: (1.0,),
+    3: (0.25, 0.5, 0.25),
+    5: (0.0625, 0.25, 0.375, 0.25, 0.0625),
+    7: (0.03125, 0.109375, 0.21875, 0.28125, 0.21875, 0.109375, 0.03125),
+}
+
+
+def _blur(
+    heatmaps: Tensor, weights: tuple[float, ...], pad: Callable[[Tensor, int], Tensor]
+) -> Tensor:
     """One axis after the other; not by convolutions, which a GPU may compute in TF32."""
-    maps = pad(heatmaps, len(kernel) // 2)
+    maps = pad(heatmaps, len(weights) // 2)
     for dim in (-1, -2):
-        length = maps.shape[dim] - len(kernel) + 1
-        blurred = maps.narrow(dim, 0, length) * kernel[0]
-        for start, weight in enumerate(kernel[1:], 1):
+        length = maps.shape[dim] - len(weights) + 1
+        blurred = maps.narrow(dim, 0, length) * weights[0]
+        for start, weight in enumerate(weights[1:], 1):
             blurred.add_(maps.narrow(dim, start, length), alpha=weight)
         maps = blurred
     return maps
