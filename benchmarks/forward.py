@@ -58,7 +58,7 @@ def compare(
             same(function(*sets[0]), expected)
         if compiles:
             contenders |= compiled({"compile": eager})
-        dtype = str(sets[0][0].dtype).removeprefix("torch.")
+        dtype = str(options.get("dtype", sets[0][0].dtype)).removeprefix("torch.")
         row = Row(
             op, request.node.callspec.id, "forward", dtype,
             time_forward(contenders, sets, device),
