@@ -16,6 +16,7 @@ from kernelpose.errors import UserError
 COMMANDS = {
     "demo": ("kernelpose.pipeline.demo", "our kernels on one picture: equal to eager, and faster"),
     "predict": ("kernelpose.pipeline.command", "find the joints of people in images"),
+    "bench": ("kernelpose.pipeline.bench", "where the time goes, ours against OpenCV and numpy"),
     "convert": ("kernelpose.checkpoints.command", "convert a checkpoint to another layout"),
     "info": ("kernelpose.info", "versions, devices, and which backend runs what"),
 }

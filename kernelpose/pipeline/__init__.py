@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from kernelpose.pipeline.predictor import Poses, Predictor
+from kernelpose.pipeline.poses import Poses
+from kernelpose.pipeline.predictor import Predictor
 
 __all__ = ["Poses", "Predictor"]

@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 import kernelpose
 from kernelpose.codecs import DECODE_MODES
 from kernelpose.data.boxes import box_to_center_scale, can_be_cropped
-from kernelpose.data.coco import (
-    PERSON_CATEGORY,
-    Detection,
-    image_ids,
-    person_score,
-    read_detections,
-    write_json,
-)
+from kernelpose.data.coco import Detection, image_ids, read_detections, write_json
 from kernelpose.data.files import make_directory
 from kernelpose.data.images import read_image, read_size, write_png
 from kernelpose.errors import UserError
 from kernelpose.pipeline.model import DEFAULT_MODEL, MODEL_OPTIONS, load_model, model_options
 from kernelpose.pipeline.overlay import Person, draw_poses
-from kernelpose.pipeline.predictor import Poses, Predictor
+from kernelpose.pipeline.poses import Poses
+from kernelpose.pipeline.predictor import Predictor
 
 RESULTS = "keypoints.json"
 # Detectors list dozens of boxes that are hardly anybody: COCO's evaluation wants them all in the
@@ -110,11 +103,12 @@ def run(args: argparse.Namespace) -> int:
     make_directory(args.out)
     results: list[dict[str, Any]] = []
     for task, poses in _with_progress(predictor, tasks):
-        persons = _persons(task, poses)
-        results += _coco_results(task, persons)
+        box_scores = [score for _, score in task.boxes]
+        named = dataclasses.replace(poses, image=task.path)
+        results += named.to_coco(task.image_id, box_scores=box_scores)
         drawn = [
             person
-            for person, (_, score) in zip(persons, task.boxes, strict=True)
+            for person, score in zip(_persons(poses, box_scores), box_scores, strict=True)
             if score >= MIN_DRAWN_BOX_SCORE
         ]
         write_png(args.out / task.overlay, draw_poses(read_image(task.path), drawn))
@@ -194,30 +188,11 @@ def _with_progress(predictor: Predictor, tasks: list[_Task]) -> Iterator[tuple[_
             bar.update(len(task.boxes))
 
 
-def _persons(task: _Task, poses: Poses) -> list[Person]:
-    keypoints: NDArray[np.float32] = poses.keypoints.cpu().numpy()
-    scores: NDArray[np.float32] = poses.scores.cpu().numpy()
+def _persons(poses: Poses, box_scores: Sequence[float]) -> list[Person]:
+    scores = poses.person_scores(box_scores)
     return [
-        Person(points, joints, person_score(box_score, joints))
-        for points, joints, (_, box_score) in zip(keypoints, scores, task.boxes, strict=True)
-    ]
-
-
-def _coco_results(task: _Task, persons: list[Person]) -> list[dict[str, Any]]:
-    """Entries of a COCO keypoint result file; readers of those ignore ``file_name``."""
-    return [
-        {
-            "image_id": task.image_id,
-            "file_name": task.path.name,
-            "category_id": PERSON_CATEGORY,
-            "keypoints": [
-                round(float(value), 3)
-                for point, score in zip(person.keypoints, person.scores, strict=True)
-                for value in (*point, score)
-            ],
-            "score": round(person.score, 5),
-        }
-        for person in persons
+        Person(points.numpy(), joints.numpy(), score)
+        for points, joints, score in zip(poses.keypoints, poses.scores, scores, strict=True)
     ]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +26,7 @@ from kernelpose.pipeline.command import add_model_argument, add_out_argument
 from kernelpose.pipeline.overlay import Person, draw_poses
 from kernelpose.pipeline.panels import Picture, draw_heatmaps, side_by_side, to_picture
 from kernelpose.pipeline.predictor import Predictor
-from kernelpose.pipeline.timing import interleaved, wall_clock
+from kernelpose.pipeline.timing import interleaved, machine, wall_clock
 
 TOLERANCE = 1e-4
 """How far our outputs may be from eager's, in parts of their spread (float32)."""
@@ -61,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     crop = crop_image(torch.tensor(image), warp_matrix(center, scale, size), size)
     inputs = normalize(crop).to(device)
     print(
-        f"{args.model} on {args.image or 'a drawn figure'}, {size[0]}x{size[1]}, {_machine(device)}"
+        f"{args.model} on {args.image or 'a drawn figure'}, {size[0]}x{size[1]}, {machine(device)}"
     )
 
     comparisons = []
@@ -85,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     )
     pose, chart = args.out / "demo_pose.png", args.out / "demo_speed.png"
     write_png(pose, picture)
-    draw_chart(chart, comparisons, f"medians of interleaved runs, one person, {_machine(device)}")
+    draw_chart(chart, comparisons, f"medians of interleaved runs, one person, {machine(device)}")
     print(f"picture: {pose}\nchart:   {chart}")
     if not equal:
         print("the outputs of our kernels and of eager PyTorch differ: please report this")
@@ -200,12 +199,3 @@ def _in_words(comparison: Comparison) -> str:
         f"{label} {value:.2f} ms" + (f" ({first / value:.2f}x)" if i else "")
         for i, (label, value) in enumerate(times.items())
     )
-
-
-def _machine(device: torch.device) -> str:
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    )
-    return f"{name}, float32, torch {torch.__version__}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,19 @@ def _library(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise UserError(
-            f"the plain path needs {module} ({error}): pip install kernelpose[bench]"
+            f"{module} is missing ({error}); expected for the plain path: "
+            "pip install kernelpose[bench]."
         ) from error
+
+
+def read_image(path: Path) -> Bytes:
+    """An image file as (H, W, 3) RGB."""
+    cv2 = _library("cv2")
+    pixels = cv2.imread(str(path))
+    if pixels is None:
+        raise UserError(f"{path} is not an image; expected one that OpenCV can read.")
+    image: Bytes = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+    return image
 
 
 def crop_and_normalize(

@@ -2,41 +2,48 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kernelpose.codecs import DECODE_MODES, decode_heatmap, flip_merge
-from kernelpose.data.boxes import box_to_center_scale, can_be_cropped, warp_matrix
-from kernelpose.data.crop import crop_image, normalize
+from kernelpose.codecs import DECODE_MODES
+from kernelpose.data.boxes import box_to_center_scale, can_be_cropped
+from kernelpose.data.images import read_image
 from kernelpose.data.skeletons import COCO, Skeleton
-
-
-@dataclass(frozen=True)
-class Poses:
-    """The persons of one image: keypoints (N, K, 2) as x, y in its pixels, scores (N, K)."""
-
-    keypoints: Tensor
-    scores: Tensor
+from kernelpose.ops import crop_normalize, decode_heatmap, flip_merge
+from kernelpose.pipeline.graph import Graphed
+from kernelpose.pipeline.poses import Poses
 
 
 class Predictor:
-    """A top-down heatmap model with its pre- and post-processing.
+    """A top-down heatmap model with its pre- and post-processing, all on the model's device.
 
-    Crops are boxes grown by 1.25 and warped as in UDP; persons of several images share batches.
+    Crops are boxes grown by 1.25 and warped as in UDP; persons of several images share batches, and
+    only keypoints and scores come back to the host. Batches and their order change nothing but
+    rounding. On a GPU the next images are uploaded while a batch is computed.
 
     Args:
         model: (B, 3, h, w) images to (B, K, h', w') heatmaps; put into evaluation mode.
         image_size: (height, width) of the model's input; by default ``model.image_size``.
         skeleton: what the K joints are, for the flip test.
+        flip_test: average the heatmaps with those of the mirrored crops, as published figures do;
+            both go through the model in one pass.
         decode: one of `kernelpose.codecs.DECODE_MODES`.
-        flip_test: average the heatmaps with those of the mirrored crops.
-        batch_size: most persons in one forward pass.
+        batch_size: most persons in one pass.
+        device, dtype: where and in what the model computes; a copy of it is made where it has
+            another device or dtype.
+        compile: run the model through ``torch.compile``.
+        cuda_graph: on a GPU, replay each batch from a CUDA graph, one for each size of batch that
+            comes; "auto" does so for single persons, whose time is that of the launches.
     """
 
     def __init__(
@@ -45,94 +52,232 @@ class Predictor:
         *,
         image_size: tuple[int, int] | None = None,
         skeleton: Skeleton = COCO,
+        flip_test: bool = True,
         decode: str = "mmpose1",
-        flip_test: bool = False,
-        batch_size: int = 32,
+        batch_size: int = 64,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        compile: bool = False,
+        cuda_graph: bool | Literal["auto"] = "auto",
     ) -> None:
         size = image_size or getattr(model, "image_size", None)
         if size is None:
             raise ValueError(
-                "image_size is None; expected (height, width) for a model that does not name it."
+                "image_size is None; expected (height, width) for a model without that attribute."
             )
         if decode not in DECODE_MODES:
             raise ValueError(f"decode is {decode!r}; expected one of {', '.join(DECODE_MODES)}.")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; expected at least 1.")
+        model, self._device, self._dtype = _placed(model, device, dtype)
         self.model = model.eval()
+        if cuda_graph is True and self._device.type != "cuda":
+            raise ValueError(
+                f"cuda_graph is True; expected 'auto' or False for a model on {self._device}."
+            )
         self.image_size: tuple[int, int] = (int(size[0]), int(size[1]))
         self.skeleton = skeleton
-        self.decode = decode
         self.flip_test = flip_test
+        self.decode = decode
         self.batch_size = batch_size
+        self._forward = torch.compile(self.model) if compile else self.model
+        self._graphed = Graphed(self._keypoints)
+        self._graphs_wanted = cuda_graph is True
+        # The largest batch that is replayed from a graph.
+        largest = {True: batch_size, "auto": 1, False: 0}[cuda_graph]
+        self._graph_size = largest if self._device.type == "cuda" else 0
+        self._uploads = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
 
     def __call__(self, image: Any, boxes: Any = None) -> Poses:
         """Poses of the persons in one image.
 
         Args:
-            image: (H, W, 3) uint8 RGB, a tensor, an array or a Pillow image.
+            image: (H, W, 3) uint8 RGB, a tensor, an array or a Pillow image; or the path of one.
             boxes: (N, 4) as x, y, width, height in pixels, or [] for nobody; the whole image by
                 default.
+
+        Raises:
+            ValueError: an image or a box that cannot be cropped. UserError: a file that is no
+                picture.
         """
         return next(self.stream([(image, boxes)]))
 
     def stream(self, items: Iterable[tuple[Any, Any]]) -> Iterator[Poses]:
-        """Poses for each (image, boxes), in order; as `__call__`, but batches span images."""
-        counts: deque[int] = deque()
-        waiting = self._persons(torch.zeros(1, 1, 3, dtype=torch.uint8), torch.zeros(0, 4))
-        done = self._infer(waiting)
-        for image, boxes in items:
-            persons = self._persons(image, boxes)
-            counts.append(len(persons[0]))
-            waiting = _joined(waiting, persons)
-            while len(waiting[0]) >= self.batch_size:
-                done = _joined(done, self._infer(_part(waiting, slice(self.batch_size))))
-                waiting = _part(waiting, slice(self.batch_size, None))
-            while counts and len(done[0]) >= counts[0]:
-                count = counts.popleft()
-                yield Poses(*_part(done, slice(count)))
-                done = _part(done, slice(count, None))
-        done = _joined(done, self._infer(waiting))
-        for count in counts:
-            yield Poses(*_part(done, slice(count)))
-            done = _part(done, slice(count, None))
+        """Poses for each (image, boxes), in order; as `__call__`, but batches span images.
 
-    def _persons(self, image: Any, boxes: Any) -> tuple[Tensor, ...]:
-        """uint8 crops (N, 3, h, w), centers (N, 2) and scales (N, 2) of one image's boxes."""
-        device = next(self.model.parameters()).device
-        pixels = _tensor(image).to(device)
-        if pixels.dim() != 3 or pixels.shape[2] != 3:
-            raise ValueError(f"image has shape {tuple(pixels.shape)}; expected (H, W, 3), RGB.")
+        Up to a batch of persons is taken from ``items`` ahead of the poses that are given: a tensor
+        must keep its pixels until its own poses have come.
+        """
+        requests: deque[_Request] = deque()
+        waiting: deque[tuple[Tensor, Tensor]] = deque()  # (image, box) of persons
+        running: deque[_Running] = deque()
+        done: deque[tuple[Tensor, Tensor]] = deque()  # (keypoints, scores) of persons
+
+        def launch() -> None:
+            count = min(self.batch_size, len(waiting))
+            running.append(self._launch([waiting.popleft() for _ in range(count)]))
+
+        def collect(left: int) -> None:
+            while len(running) > left:
+                done.extend(running.popleft().persons())
+
+        def answers() -> Iterator[Poses]:
+            while requests and len(done) >= len(requests[0].boxes):
+                request = requests.popleft()
+                persons = [done.popleft() for _ in request.boxes]
+                yield self._poses(request, persons)
+
+        # One batch stays behind on a GPU, so that reading its results waits for nothing.
+        behind = 0 if self._uploads is None else 1
+        for image, boxes in items:
+            request, pixels = self._request(image, boxes)
+            requests.append(request)
+            waiting.extend((pixels, box) for box in request.boxes)
+            while len(waiting) >= self.batch_size:
+                launch()
+                collect(behind)
+            if len(requests) > 2 * self.batch_size:  # many without anybody, who fill no batch
+                if waiting:
+                    launch()
+                collect(0)
+            yield from answers()
+        if waiting:
+            launch()
+        collect(0)
+        yield from answers()
+
+    def _request(self, image: Any, boxes: Any) -> tuple[_Request, Tensor]:
+        """What is asked, and the pixels, on the model's device or on their way there."""
+        path = Path(image) if isinstance(image, str | os.PathLike) else None
+        pixels = _tensor(image if path is None else read_image(path))
+        shape = tuple(pixels.shape)
+        if pixels.dtype != torch.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape:
+            raise ValueError(
+                f"image is {pixels.dtype} of shape {shape}; expected uint8 RGB (H, W, 3), H and "
+                "W >= 1."
+            )
         if boxes is None:
             boxes = [[0, 0, pixels.shape[1], pixels.shape[0]]]
-        boxes = _tensor(boxes).double()
+        boxes = _tensor(boxes).to("cpu", torch.float64)
         if boxes.shape == (0,):
             boxes = boxes.view(0, 4)
-        center, scale = box_to_center_scale(boxes, self.image_size)
-        if not (bool((boxes[:, 2:] > 0).all()) and bool(can_be_cropped(center, scale).all())):
+        self._check_boxes(boxes)
+        return _Request(path, boxes), self._uploaded(pixels) if len(boxes) else pixels
+
+    def _check_boxes(self, boxes: Tensor) -> None:
+        if boxes.dim() != 2 or boxes.shape[1] != 4:
             raise ValueError(
-                f"boxes are {boxes.tolist()}; expected finite ones with a positive width and "
-                "height, neither too small nor too large to be cropped."
+                f"boxes has shape {tuple(boxes.shape)}; expected (N, 4): x, y, width, height."
             )
-        matrices = warp_matrix(center, scale, self.image_size)
-        crops = crop_image(pixels, matrices, self.image_size)
-        return crops, center.to(device), scale.to(device)
+        cropped = can_be_cropped(*box_to_center_scale(boxes, self.image_size))
+        good = cropped & (boxes[:, 2:] > 0).all(-1)
+        if not bool(good.all()):
+            raise ValueError(
+                f"boxes are {boxes[~good].tolist()}; expected finite numbers with a positive width "
+                "and height, neither too small nor too large to be cropped."
+            )
+
+    def _uploaded(self, pixels: Tensor) -> Tensor:
+        if self._uploads is None or pixels.is_cuda:
+            return pixels.to(self._device)
+        with torch.cuda.stream(self._uploads):
+            return pixels.pin_memory().to(self._device, non_blocking=True)
 
     @torch.inference_mode()
-    def _infer(self, persons: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        crops, center, scale = persons
+    def _launch(self, persons: Sequence[tuple[Tensor, Tensor]]) -> _Running:
+        images: list[Tensor] = []
+        index = []
+        for pixels, _ in persons:
+            if not images or images[-1] is not pixels:
+                images.append(pixels)
+            index.append(len(images) - 1)
+        on_device = nullcontext() if self._uploads is None else torch.cuda.device(self._device)
+        with on_device:
+            if self._uploads is not None:
+                stream = torch.cuda.current_stream()
+                stream.wait_stream(self._uploads)
+                for pixels in images:
+                    pixels.record_stream(stream)
+            crops, centers, scales = crop_normalize(
+                images,
+                self._to_device(torch.stack([box for _, box in persons])),
+                self._to_device(torch.tensor(index)),
+                size=self.image_size,
+                dtype=self._dtype,
+            )
+            return _Running(*self._infer(crops, centers, scales))
+
+    def _infer(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        if len(inputs[0]) <= self._graph_size:
+            try:
+                return self._graphed(*inputs)
+            except RuntimeError as error:
+                if self._graphs_wanted:
+                    raise
+                warnings.warn(f"the model runs without a CUDA graph: {error}", stacklevel=4)
+                self._graph_size = 0
+        return self._keypoints(*inputs)
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        if self._uploads is not None:
+            tensor = tensor.pin_memory()
+        return tensor.to(self._device, non_blocking=True)
+
+    def _keypoints(self, crops: Tensor, centers: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+        if self.flip_test:
+            both = self._forward(torch.cat((crops, crops.flip(-1))))
+            heatmaps, flipped = both.split(len(crops))
+            heatmaps = flip_merge(heatmaps, flipped, self.skeleton.flip_pairs)
+        else:
+            heatmaps = self._forward(crops)
         joints = self.skeleton.num_keypoints
-        if len(crops) == 0:
-            return center.new_zeros(0, joints, 2), center.new_zeros(0, joints)
-        images = normalize(crops).to(next(self.model.parameters()).dtype)
-        heatmaps = self.model(images)
         if heatmaps.shape[1] != joints:
             raise ValueError(
                 f"skeleton has {joints} keypoints; expected {heatmaps.shape[1]}, as the model."
             )
-        if self.flip_test:
-            flipped = self.model(images.flip(-1))
-            heatmaps = flip_merge(heatmaps, flipped, self.skeleton.flip_pairs)
-        return decode_heatmap(heatmaps, center, scale, mode=self.decode)
+        keypoints, scores = decode_heatmap(heatmaps, centers, scales, mode=self.decode)
+        return keypoints, scores
+
+    def _poses(self, request: _Request, persons: Sequence[tuple[Tensor, Tensor]]) -> Poses:
+        boxes = request.boxes.float()
+        if not persons:
+            joints = self.skeleton.num_keypoints
+            return Poses(torch.zeros(0, joints, 2), torch.zeros(0, joints), boxes, request.path)
+        keypoints, scores = (torch.stack(tensors) for tensors in zip(*persons, strict=True))
+        return Poses(keypoints, scores, boxes, request.path)
+
+
+class _Request(NamedTuple):
+    path: Path | None
+    boxes: Tensor  # (N, 4) float64, on the CPU
+
+
+class _Running:
+    """A batch whose results are on their way to the host."""
+
+    def __init__(self, keypoints: Tensor, scores: Tensor) -> None:
+        self._keypoints = keypoints.to("cpu", non_blocking=True)
+        self._scores = scores.to("cpu", non_blocking=True)
+        self._copied = torch.cuda.Event() if keypoints.is_cuda else None
+        if self._copied is not None:
+            self._copied.record()
+
+    def persons(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(keypoints (K, 2), scores (K,)) of each person, once they have arrived."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return zip(self._keypoints, self._scores, strict=True)
+
+
+def _placed(
+    model: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None
+) -> tuple[nn.Module, torch.device, torch.dtype]:
+    """The model or a copy, and where and in what it computes."""
+    weight = next(model.parameters(), torch.empty(0))
+    moved = torch.empty(0, device=device or weight.device, dtype=dtype or weight.dtype)
+    if (moved.device, moved.dtype) != (weight.device, weight.dtype):
+        model = copy.deepcopy(model).to(moved.device, moved.dtype)
+    return model, moved.device, moved.dtype
 
 
 def _tensor(values: Any) -> Tensor:
@@ -140,11 +285,3 @@ def _tensor(values: Any) -> Tensor:
     if isinstance(values, Tensor):
         return values
     return torch.from_numpy(np.array(values, order="C"))
-
-
-def _joined(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(torch.cat(pair) for pair in zip(first, second, strict=True))
-
-
-def _part(tensors: tuple[Tensor, ...], part: slice) -> tuple[Tensor, ...]:
-    return tuple(tensor[part] for tensor in tensors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -52,3 +53,12 @@ def synchronized(call: Callable[[], object]) -> Callable[[], None]:
             torch.cuda.synchronize()
 
     return run
+
+
+def machine(device: torch.device) -> str:
+    """What the figures were taken on, in a few words."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return f"{name}, float32, torch {torch.__version__}"
