@@ -33,7 +33,7 @@ from kernelpose.pipeline.command import add_model_argument, add_out_argument
 from kernelpose.pipeline.model import load_model
 from kernelpose.pipeline.timing import interleaved, machine
 
-STAGES = ("read", "crop", "forward", "flip", "decode")
+STAGES = ("decode image", "crop", "forward", "flip", "decode")
 BATCH = 64  # persons in one pass, in both paths
 
 Times = dict[str, float]  # stage -> seconds
@@ -58,20 +58,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
+    if not (text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text} is not a number of persons")
-    return number
+    return int(text)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure both paths, print a table, and leave a chart and the figures."""
-    make_directory(args.out)
-    model = load_model(args.model, None)
     table: dict[int, dict[str, Times]] = {}
     with _image_file(args.image) as path:
-        for count in args.persons:
-            table[count] = _measure(model, path, _boxes(path, count), args.budget)
+        boxes = {count: _boxes(path, count) for count in args.persons}
+        make_directory(args.out)
+        model = load_model(args.model, None)
+        for count in boxes:
+            table[count] = _measure(model, path, boxes[count], args.budget)
             print(_lines(count, table[count]), flush=True)
     where = machine(next(model.parameters()).device)
     caption = f"{args.model}, flip test, medians of interleaved runs; {where}"
@@ -80,8 +80,9 @@ def run(args: argparse.Namespace) -> int:
     draw_stacks(
         chart,
         "From an image file to keypoints",
-        {f"{count} person{'s' if count > 1 else ''}": paths for count, paths in table.items()},
+        {_people(count): paths for count, paths in table.items()},
         caption,
+        without="forward",
     )
     write_json(figures, {"machine": where, "model": args.model, "seconds": table})
     print(f"chart:   {chart}\nfigures: {figures}")
@@ -127,7 +128,7 @@ def _ours(model: nn.Module, path: Path, boxes: Tensor) -> Times:
     device, size = next(model.parameters()).device, _input_size(model)
     clock = _Clock()
     image = torch.from_numpy(read_image(path))
-    clock("read")
+    clock("decode image")
     image = image.to(device)
     for part in boxes.split(BATCH):
         index = torch.zeros(len(part), dtype=torch.int64, device=device)
@@ -147,7 +148,7 @@ def _plainly(model: nn.Module, path: Path, boxes: Tensor) -> Times:
     device, size = next(model.parameters()).device, _input_size(model)
     clock = _Clock()
     image = plain.read_image(path)
-    clock("read")
+    clock("decode image")
     for part in boxes.split(BATCH):
         center, scale = box_to_center_scale(part, size)
         matrices = warp_matrix(center, scale, size).numpy()
@@ -195,7 +196,7 @@ def _measure(model: nn.Module, path: Path, boxes: Tensor, budget_s: float) -> di
 
 def _lines(count: int, paths: dict[str, Times]) -> str:
     """The table of one number of persons, in milliseconds."""
-    rows: list[tuple[Any, ...]] = [(f"{count} persons, ms", *paths, "ratio")]
+    rows: list[tuple[Any, ...]] = [(f"{_people(count)}, ms", *paths, "ratio")]
     for stage in (*STAGES, "all", "all but forward"):
         left_out = {"all": (), "all but forward": ("forward",)}.get(stage)
         values = [
@@ -206,3 +207,7 @@ def _lines(count: int, paths: dict[str, Times]) -> str:
         ratio = f"{values[0] / values[1]:.2f}x" if values[1] else ""
         rows.append((stage, *(f"{value:.2f}" for value in values), ratio))
     return "\n".join(f"{row[0]:<18}" + "".join(f"{cell:>12}" for cell in row[1:]) for row in rows)
+
+
+def _people(count: int) -> str:
+    return f"{count} person{'s' if count > 1 else ''}"

@@ -41,33 +41,46 @@ def draw_chart(path: Path, comparisons: list[Comparison], caption: str) -> None:
 
 
 def draw_stacks(
-    path: Path, title: str, groups: dict[str, dict[str, dict[str, float]]], caption: str
+    path: Path,
+    title: str,
+    groups: dict[str, dict[str, dict[str, float]]],
+    caption: str,
+    *,
+    without: str,
 ) -> None:
-    """Write a PNG with a group of stacked bars a panel, each panel on its own scale.
+    """Write a PNG with stacked bars: a group a row, whole on the left, less one part on the right.
 
-    groups: panel -> bar -> part -> seconds; the parts are the same everywhere.
+    groups: group -> bar -> part -> seconds; the parts are the same everywhere, `without` is one.
     """
     bars = [len(group) for group in groups.values()]
-    figure = _figure(1.5 + 0.62 * len(bars) + 0.42 * sum(bars), title)
-    panels = figure.subplots(len(bars), 1, squeeze=False, height_ratios=bars)[:, 0]
-    for axes, (heading, group) in zip(panels, groups.items(), strict=True):
-        totals = [sum(parts.values()) * 1e3 for parts in group.values()]
-        left = [0.0] * len(group)
-        for color, part in zip(_PARTS, next(iter(group.values())), strict=False):
-            widths = [parts[part] * 1e3 for parts in group.values()]
-            axes.barh(range(len(group)), widths, left=left, height=0.68, color=color, label=part)
-            left = [a + b for a, b in zip(left, widths, strict=True)]
-        for row, total in enumerate(totals):
-            text = f"  {total:.3g} ms" if total < 1000 else f"  {total:.0f} ms"
-            axes.text(total, row, text, va="center", fontsize=10, color=_INK)
-        axes.set_title(heading, loc="left", fontsize=10.5, color=_INK)
-        _bare(axes, list(group), max(totals))
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper right", ncols=len(labels), fontsize=9, frameon=False)
+    figure = _figure(1.7 + 0.62 * len(bars) + 0.42 * sum(bars), title, width=12)
+    panels = figure.subplots(len(bars), 2, squeeze=False, height_ratios=bars)
+    for row, (heading, group) in zip(panels, groups.items(), strict=True):
+        _stacks(row[0], heading, group, None)
+        _stacks(row[1], f"{heading}, all but {without}", group, without)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper right", ncols=len(labels), fontsize=10, frameon=False)
     _write(figure, path, caption)
 
 
-def _figure(height: float, title: str) -> Any:
+def _stacks(
+    axes: Any, heading: str, group: dict[str, dict[str, float]], without: str | None
+) -> None:
+    left = [0.0] * len(group)
+    for color, part in zip(_PARTS, next(iter(group.values())), strict=True):
+        if part == without:
+            continue
+        widths = [parts[part] * 1e3 for parts in group.values()]
+        axes.barh(range(len(group)), widths, left=left, height=0.68, color=color, label=part)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    for row, total in enumerate(left):
+        text = f"  {total:.3g} ms" if total < 1000 else f"  {total:.0f} ms"
+        axes.text(total, row, text, va="center", fontsize=10, color=_INK)
+    axes.set_title(heading, loc="left", fontsize=10.5, color=_INK)
+    _bare(axes, list(group), max(left))
+
+
+def _figure(height: float, title: str, *, width: float = 9) -> Any:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -76,7 +89,7 @@ def _figure(height: float, title: str) -> Any:
             f"matplotlib is missing ({error}); expected for the chart: "
             "pip install kernelpose[predict]."
         ) from error
-    figure = Figure(figsize=(9, height), dpi=150)
+    figure = Figure(figsize=(width, height), dpi=150)
     FigureCanvasAgg(figure)
     figure.suptitle(title, x=0.04, ha="left", fontsize=15, fontweight="bold", color=_INK)
     return figure
