@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernelpose.reference.heatmap_loss import pixel_ratio
+
 
 def input_to_heatmap(
     points: Tensor, input_size: tuple[int, int], heatmap_size: tuple[int, int], *, udp: bool
@@ -41,8 +43,5 @@ def check_keypoints(keypoints: Tensor, visible: Tensor) -> None:
 def _ratio(
     like: Tensor, input_size: tuple[int, int], heatmap_size: tuple[int, int], udp: bool
 ) -> Tensor:
-    end = 1 if udp else 0
-    ratio = [
-        (i - end) / (h - end) for i, h in zip(input_size[::-1], heatmap_size[::-1], strict=True)
-    ]
+    ratio = pixel_ratio(input_size, heatmap_size, udp=udp)
     return torch.tensor(ratio, device=like.device, dtype=like.dtype)

@@ -4,6 +4,7 @@ from kernelpose.ops.crop_normalize import crop_normalize
 from kernelpose.ops.decode_heatmap import decode_heatmap
 from kernelpose.ops.decode_simcc import decode_simcc
 from kernelpose.ops.flip_merge import flip_merge
+from kernelpose.ops.heatmap_loss import heatmap_loss
 from kernelpose.ops.window_attention import window_attention
 
 __all__ = [
@@ -11,5 +12,6 @@ __all__ = [
     "decode_heatmap",
     "decode_simcc",
     "flip_merge",
+    "heatmap_loss",
     "window_attention",
 ]
