@@ -23,8 +23,9 @@ UNBIASED = tl.constexpr(2)
 TILE = 2048  # elements of a map at a time
 MAX_COLUMNS = 128  # of a tile
 SUM_BLOCK = 1024
-WARPS = 4
-SIZES = ["height", "width", "count"]
+WARPS = 8
+REGISTERS = 64  # a thread at most, on either architecture
+SIZES = ["height", "row_vectors", "count"]
 
 
 @triton.jit
@@ -64,10 +65,10 @@ def _joint(
     y = tl.load(keypoints + 2 * joint + 1)
     weight = tl.load(visible + joint)
     first_x, end_x, origin_x, shift_x, reached_x = _axis(
-        x, ratio_x, tl.cast(width, tl.float32), radius, half, CODEC
+        x, ratio_x, width.to(tl.float32), radius, half, CODEC
     )
     first_y, end_y, origin_y, shift_y, reached_y = _axis(
-        y, ratio_y, tl.cast(height, tl.float32), radius, half, CODEC
+        y, ratio_y, height.to(tl.float32), radius, half, CODEC
     )
     reached = reached_x & reached_y
     labelled = weight >= 0.5
@@ -85,17 +86,19 @@ def _heatmap_loss_forward_kernel(
     visible,  # (maps,) float32
     sums,  # (maps,) float32: weight times the sum of squares
     height,
-    width,
     ratio_x,
     ratio_y,
     radius,
     half,
     exponent,
+    row_vectors,
     CODEC: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """One program: the map of one joint."""
+    """One program: the map of one joint, in rows of row_vectors * VECTOR elements."""
+    width = row_vectors * VECTOR
     joint = tl.program_id(0).to(tl.int64)
     first_x, end_x, origin_x, shift_x, first_y, end_y, origin_y, shift_y, weight = _joint(
         keypoints, visible, joint, height, width, ratio_x, ratio_y, radius, half, CODEC
@@ -134,18 +137,20 @@ def _heatmap_loss_backward_kernel(
     visible,  # (maps,) float32
     grad_pred,  # (maps, height, width)
     height,
-    width,
     factor,  # 2 / the elements of pred
     ratio_x,
     ratio_y,
     radius,
     half,
     exponent,
+    row_vectors,
     CODEC: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """One program: the map of one joint."""
+    """One program: the map of one joint, in rows of row_vectors * VECTOR elements."""
+    width = row_vectors * VECTOR
     joint = tl.program_id(0).to(tl.int64)
     first_x, end_x, origin_x, shift_x, first_y, end_y, origin_y, shift_y, weight = _joint(
         keypoints, visible, joint, height, width, ratio_x, ratio_y, radius, half, CODEC
@@ -166,10 +171,13 @@ def _heatmap_loss_backward_kernel(
             tl.store(grad_pred + places, gradient.to(grad_pred.dtype.element_ty), mask=inside)
 
 
-def blocks(height: int, width: int) -> dict[str, int]:
-    """Rows and columns of a tile."""
+def tile(height: int, width: int, element_size: int) -> dict[str, int]:
+    """The elements of a load, 16 bytes where rows are made of such; rows and columns of a tile."""
+    vector = math.gcd(width, 16 // element_size)
     columns = min(triton.next_power_of_2(width), MAX_COLUMNS)
     return {
+        "row_vectors": width // vector,
+        "VECTOR": vector,
         "BLOCK_H": min(triton.next_power_of_2(height), TILE // columns),
         "BLOCK_W": columns,
     }
@@ -202,13 +210,12 @@ def forward(
             visible,
             sums,
             height,
-            width,
             ratio_x,
             ratio_y,
             *_gaussian(sigma),
             CODEC=codec,
             num_warps=WARPS,
-            **blocks(height, width),
+            **tile(height, width, pred.element_size()),
         )
         _heatmap_loss_sum_kernel[(1,)](
             sums, loss, visible.numel(), 1 / pred.numel(), BLOCK=SUM_BLOCK, num_warps=WARPS
@@ -237,13 +244,12 @@ def backward(
             visible,
             grad_pred,
             height,
-            width,
             2 / pred.numel(),
             ratio_x,
             ratio_y,
             *_gaussian(sigma),
             CODEC=codec,
             num_warps=WARPS,
-            **blocks(height, width),
+            **tile(height, width, pred.element_size()),
         )
     return grad_pred

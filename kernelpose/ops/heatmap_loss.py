@@ -224,6 +224,7 @@ _op = register(
     autocast=False,
 )
 
+MAX_PIXELS = 2**24  # of a map: float32 tells all their places apart
 MAX_EDGES = 12288  # rows and columns: their profiles lie in shared memory, 48 KiB of it
 
 
@@ -234,7 +235,7 @@ def _objection(
         return None
     persons, joints, height, width = pred.shape
     # (what, how many, below which number)
-    limits = [("pixels of a map", height * width, 2**31)]
+    limits = [("pixels of a map", height * width, MAX_PIXELS)]
     if backend == "cuda":
         limits.append(("rows and columns of a map together", height + width, MAX_EDGES))
     if backend in ("cuda", "triton"):

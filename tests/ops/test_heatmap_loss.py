@@ -366,7 +366,7 @@ def test_errors_name_the_argument(
 @pytest.mark.parametrize(
     ("what", "backends", "within", "beyond"),
     [
-        ("pixels of a map", ("cpu", "triton"), (2**15, 2**16 - 1), (2**15, 2**16)),
+        ("pixels of a map", ("cpu", "triton"), (2**12, 2**12 - 1), (2**12, 2**12)),
         ("rows and columns of a map together", ("cuda",), (12280, 7), (12280, 8)),
     ],
 )

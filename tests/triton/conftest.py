@@ -25,6 +25,7 @@ with pytest.MonkeyPatch.context() as patch:
         crop_normalize,
         decode_simcc,
         flip_merge,
+        heatmap_loss,
         window_attention,
     )
 
