@@ -1,7 +1,9 @@
-// One task is one map, which stays in the L1 cache: its arg-max, the maximum of its blur where the
-// mode asks for that, and the blur of the few pixels around the peak that the refinement reads.
+// A map stays in the L1 cache for all its steps: its arg-max, the blur of the few pixels around the
+// peak that the refinement reads, and the maximum of the whole blur in the rare case that it
+// counts.
 #include "decode_heatmap.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <limits>
@@ -12,6 +14,7 @@
 namespace kernelpose::cpu::KP_ISA {
 namespace {
 
+constexpr int64_t kTaskPixels = 16384;  // fewer are not worth waking a thread for
 constexpr int kLanes = kWidth<float>;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -164,6 +167,20 @@ void blur_near(const float* map, const DecodeHeatmap& problem, int x, int y,
   }
 }
 
+// What the blur is multiplied with.
+float rescaling(const float* map, const DecodeHeatmap& problem, float peak,
+                const float (&near)[kNear][kNear], const Scratch& scratch, float* memory) {
+  const int reach = problem.reach();
+  const float factor = peak / near[2][2];
+  bool enough = true;
+  for (int dy = -reach; dy <= reach; ++dy) {
+    for (int dx = -reach; dx <= reach; ++dx) {
+      enough &= problem.never_clipped(near[dy + 2][dx + 2], factor);
+    }
+  }
+  return enough ? factor : peak / blurred_maximum(map, problem, scratch, memory);
+}
+
 Point locate(const float* map, const DecodeHeatmap& problem, const Peak& peak,
              const Scratch& scratch, float* memory) {
   const int x = peak.index % problem.width, y = peak.index / problem.width;
@@ -171,9 +188,9 @@ Point locate(const float* map, const DecodeHeatmap& problem, const Peak& peak,
   if (problem.blurs()) {
     float near[kNear][kNear];
     blur_near(map, problem, x, y, near);
-    const float factor =
-        problem.rescales() ? peak.value / blurred_maximum(map, problem, scratch, memory) : 1.0f;
     const int reach = problem.reach();
+    const float factor =
+        problem.rescales() ? rescaling(map, problem, peak.value, near, scratch, memory) : 1.0f;
     for (int dy = -reach; dy <= reach; ++dy) {
       for (int dx = -reach; dx <= reach; ++dx) {
         float& value = near[dy + 2][dx + 2];
@@ -207,18 +224,21 @@ bool decode(const Element* heatmaps, const DecodedPoints& out, const DecodeHeatm
             int threads) {
   const Scratch scratch(problem, !std::is_same_v<Element, float>);
   std::atomic<bool> enough_memory{true};
-  parallel_for(problem.maps(), threads, [&](int64_t i) {
+  const int64_t some = std::max<int64_t>(1, kTaskPixels / problem.pixels());
+  parallel_for((problem.maps() + some - 1) / some, threads, [&](int64_t task) {
     float* memory = static_cast<float*>(thread_scratch(sizeof(float) * scratch.size));
     if (!memory && scratch.size) {
       enough_memory = false;
       return;
     }
-    const float* map =
-        read_map(heatmaps + i * problem.pixels(), problem.pixels(), memory + scratch.map);
-    const Peak peak = find_peak(map, problem.pixels());
-    Point location = {};
-    if (is_peak(peak.value)) location = locate(map, problem, peak, scratch, memory);
-    out.write(problem, i, peak.value, location);
+    for (int64_t i = task * some; i < std::min(problem.maps(), (task + 1) * some); ++i) {
+      const float* map =
+          read_map(heatmaps + i * problem.pixels(), problem.pixels(), memory + scratch.map);
+      const Peak peak = find_peak(map, problem.pixels());
+      Point location = {};
+      if (is_peak(peak.value)) location = locate(map, problem, peak, scratch, memory);
+      out.write(problem, i, peak.value, location);
+    }
   });
   return enough_memory;
 }

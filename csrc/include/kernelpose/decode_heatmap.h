@@ -31,7 +31,7 @@ struct DecodeHeatmap {
   KP_HOST_DEVICE int64_t maps() const { return persons * joints; }
   KP_HOST_DEVICE int pixels() const { return height * width; }
   KP_HOST_DEVICE int radius() const { return taps / 2; }
-  // Whether the blurred map is rescaled, for which all of it is needed.
+  // Whether the blurred map is rescaled to the maximum that the map had.
   KP_HOST_DEVICE bool rescales() const {
     return mode == DecodeMode::kMmpose1 || mode == DecodeMode::kDark;
   }
@@ -60,6 +60,14 @@ struct DecodeHeatmap {
     const float low = mode == DecodeMode::kDark ? 1e-10f : 1e-3f;
     if (value < low) return low;
     return mode != DecodeMode::kDark && value > 50.0f ? 50.0f : value;
+  }
+
+  // Whether no rescaling lets the clipping act on a blurred value. The blur's maximum is neither
+  // below the blurred peak nor above the peak, so the factor lies between 1 and `factor`, that of
+  // the blurred peak. Where this holds for all that the refinement reads, any factor shifts all
+  // logarithms alike and moves the step by nothing: the rest of the blur is not needed.
+  KP_HOST_DEVICE bool never_clipped(float value, float factor) const {
+    return clipped(value) == value && clipped(value * factor) == value * factor;
   }
 };
 
