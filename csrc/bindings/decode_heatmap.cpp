@@ -8,6 +8,10 @@
 #include "bind.h"
 #include "cpu/decode_heatmap.h"
 
+#ifdef KERNELPOSE_WITH_CUDA
+#include "cuda/decode_heatmap.h"
+#endif
+
 namespace kernelpose::bindings {
 namespace {
 
@@ -41,6 +45,17 @@ KP_BIND(m) {
                            problem_of(problem), static_cast<DType>(dtype), threads),
                        "decode_heatmap");
         });
+#ifdef KERNELPOSE_WITH_CUDA
+  m.def("cuda_decode_heatmap", [](Address heatmaps, Address centers, Address scales,
+                                  Address keypoints, Address scores, const ProblemTuple& problem,
+                                  int dtype, Address stream) {
+    const py::gil_scoped_release release;
+    check_cuda(
+        cuda::decode_heatmap(pointer(heatmaps), points_of(centers, scales, keypoints, scores),
+                             problem_of(problem), static_cast<DType>(dtype), stream_of(stream)),
+        "decode_heatmap");
+  });
+#endif
 }
 
 }  // namespace kernelpose::bindings

@@ -136,21 +136,20 @@ float blurred_maximum(const float* map, const DecodeHeatmap& problem, const Scra
 void blur_near(const float* map, const DecodeHeatmap& problem, int x, int y,
                float (&near)[kNear][kNear]) {
   const int reach = problem.reach(), radius = problem.radius(), taps = problem.taps;
-  const int top = clamped(y - reach, problem.height), bottom = clamped(y + reach, problem.height);
-  const int left = clamped(x - reach, problem.width), right = clamped(x + reach, problem.width);
-  float rows[kMaxTaps + kNear - 1][kNear];  // blurred along x, from row top - radius on
-  int columns[kMaxTaps + kNear - 1];        // of the map, from column left - radius on
-  for (int i = 0; i < right - left + taps; ++i) {
-    columns[i] = problem.source(left - radius + i, problem.width);
+  const Window window = problem.around(x, y);
+  float rows[kMaxTaps + kNear - 1][kNear];  // blurred along x, radius more on either side
+  int columns[kMaxTaps + kNear - 1];        // of the map, radius more on either side
+  for (int i = 0; i < window.width + taps - 1; ++i) {
+    columns[i] = problem.source(window.left - radius + i, problem.width);
   }
-  for (int i = 0; i < bottom - top + taps; ++i) {
-    const int from = problem.source(top - radius + i, problem.height);
+  for (int i = 0; i < window.height + taps - 1; ++i) {
+    const int from = problem.source(window.top - radius + i, problem.height);
     const float* line = map + int64_t{from} * problem.width;
     float values[kMaxTaps + kNear - 1];
-    for (int j = 0; j < right - left + taps; ++j) {
+    for (int j = 0; j < window.width + taps - 1; ++j) {
       values[j] = from < 0 || columns[j] < 0 ? 0.0f : line[columns[j]];
     }
-    for (int column = 0; column <= right - left; ++column) {
+    for (int column = 0; column < window.width; ++column) {
       float sum = values[column] * problem.weights[0];
       for (int k = 1; k < taps; ++k) sum += values[column + k] * problem.weights[k];
       rows[i][column] = sum;
@@ -158,8 +157,8 @@ void blur_near(const float* map, const DecodeHeatmap& problem, int x, int y,
   }
   for (int dy = -reach; dy <= reach; ++dy) {
     for (int dx = -reach; dx <= reach; ++dx) {
-      const int row = clamped(y + dy, problem.height) - top;
-      const int column = clamped(x + dx, problem.width) - left;
+      const int row = clamped(y + dy, problem.height) - window.top;
+      const int column = clamped(x + dx, problem.width) - window.left;
       float sum = rows[row][column] * problem.weights[0];
       for (int k = 1; k < taps; ++k) sum += rows[row + k][column] * problem.weights[k];
       near[dy + 2][dx + 2] = sum;

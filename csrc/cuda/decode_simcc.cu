@@ -13,8 +13,7 @@
 
 #include "decode_simcc.h"
 #include "kernelpose/launch.cuh"
-#include "kernelpose/numerics.cuh"
-#include "kernelpose/vector.cuh"
+#include "kernelpose/peak.cuh"
 
 namespace kernelpose::cuda {
 namespace {
@@ -34,59 +33,17 @@ struct Arguments {
   bool aligned_x, aligned_y;
 };
 
-// What a lane has seen of a row.
-struct LanePeak {
-  float value = -INFINITY;
-  int bin = 0;
-  bool nan = false;
-
-  __device__ __forceinline__ void see(float logit, int at) {
-    nan |= logit != logit;
-    if (logit > value) {
-      value = logit;
-      bin = at;
-    }
-  }
-};
-
-template <int N, class T>
-__device__ __forceinline__ void scan(LanePeak& peak, const T* row, int bins, int lane) {
-  for (int start = 0; start < bins; start += 32 * N * kUnroll) {
-    ElementVector<T, N> logits[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int bin = start + (u * 32 + lane) * N;
-      if (bin < bins) logits[u] = load_vector<N>(row + bin);
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int bin = start + (u * 32 + lane) * N;
-      if (bin >= bins) break;
-#pragma unroll
-      for (int i = 0; i < N; ++i) peak.see(to_float(logits[u].values[i]), bin + i);
-    }
-  }
-}
-
 // The peak of a row, the same in all lanes. Its length is a multiple of a vector if it is aligned.
 template <class T>
 __device__ __forceinline__ SimccPeak peak_of(const T* row, int bins, bool aligned, int lane) {
-  LanePeak peak;
+  Peak peak;
   if (aligned) {
-    scan<kWidestVector<T>>(peak, row, bins, lane);
+    scan<kWidestVector<T>, 32, kUnroll>(peak, row, bins, lane);
   } else {
-    scan<1>(peak, row, bins, lane);
+    scan<1, 32, kUnroll>(peak, row, bins, lane);
   }
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) {
-    const float value = __shfl_xor_sync(0xffffffffu, peak.value, step);
-    const int bin = __shfl_xor_sync(0xffffffffu, peak.bin, step);
-    if (value > peak.value || (value == peak.value && bin < peak.bin)) {
-      peak.value = value;
-      peak.bin = bin;
-    }
-  }
-  return {__any_sync(0xffffffffu, peak.nan) ? NAN : peak.value, peak.bin};
+  merge_lanes(peak);
+  return {peak.nan ? NAN : peak.value, peak.place};
 }
 
 template <class T>

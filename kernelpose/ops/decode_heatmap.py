@@ -179,20 +179,13 @@ def _objection(
     if torch.compiler.is_exporting():  # or sizes would get an upper bound
         return None
     persons, joints, height, width = heatmaps.shape
-    limits = [("pixels of a map", height * width, 2**31)]
-    if backend == "triton" and mode in ("mmpose1", "dark"):
-        padded = _power_of_two(height) * _power_of_two(width)  # blurred in registers
-        limits.append(("pixels of a map, its sides raised to powers of two", padded, 2**14 + 1))
+    limits = [("pixels of a map", height * width, 2**30)]
     if backend in ("cuda", "triton"):
         limits.append(("joints of all persons", persons * joints, 2**31))
     for what, count, limit in limits:
         if count >= limit:
             return f"it takes fewer than {limit} {what}, and this has {count}"
     return None
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (int(n) - 1).bit_length()
 
 
 def _automatic(heatmaps: Tensor) -> tuple[str, ...]:
@@ -212,6 +205,7 @@ register_backends(
     OpSpec(
         name="decode_heatmap",
         dtypes={
+            "cuda": _FLOATS,
             "cpu": (*_FLOATS, torch.float64),
             "eager": (*_FLOATS, torch.float64),
         },

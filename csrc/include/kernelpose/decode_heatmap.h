@@ -19,6 +19,13 @@ struct Point {
   float x, y;
 };
 
+// Rows and columns of a map.
+struct Window {
+  int top, left, height, width;
+};
+
+KP_HOST_DEVICE inline int clamped(int i, int size) { return i < 0 ? 0 : i < size ? i : size - 1; }
+
 struct DecodeHeatmap {
   int64_t persons;
   int64_t joints;
@@ -39,6 +46,13 @@ struct DecodeHeatmap {
   KP_HOST_DEVICE bool blurs() const { return mode < DecodeMode::kShift; }
   // How far from the peak a refinement looks.
   KP_HOST_DEVICE int reach() const { return mode == DecodeMode::kDark ? 2 : 1; }
+
+  // What of the map a refinement of the peak at x, y looks at.
+  KP_HOST_DEVICE Window around(int x, int y) const {
+    const int top = clamped(y - reach(), height), left = clamped(x - reach(), width);
+    return {top, left, clamped(y + reach(), height) - top + 1,
+            clamped(x + reach(), width) - left + 1};
+  }
 
   // Which of `size` rows or columns the blur reads at `i`, which may lie outside; -1: none, zero.
   KP_HOST_DEVICE int source(int i, int size) const {
@@ -70,8 +84,6 @@ struct DecodeHeatmap {
     return clipped(value) == value && clipped(value * factor) == value * factor;
   }
 };
-
-KP_HOST_DEVICE inline int clamped(int i, int size) { return i < 0 ? 0 : i < size ? i : size - 1; }
 
 KP_HOST_DEVICE inline float finite_or_zero(float x) {
   return x - x == 0.0f ? x : 0.0f;  // infinity and NaN give NaN
