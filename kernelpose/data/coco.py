@@ -19,27 +19,50 @@ PERSON_CATEGORY = 1
 
 @dataclass(frozen=True)
 class Detection:
-    """A detector's box (x, y, width, height) in image pixels, and which image it is of."""
+    """A detector's box (x, y, width, height) in image pixels, and which image it is of.
+
+    ``frame`` counts the frames of a video from 0.
+    """
 
     box: tuple[float, float, float, float]
     score: float
     image_id: int | str | None
     file_name: str | None
+    frame: int | None = None
 
-    def is_of(self, path: Path) -> bool:
-        """Whether the image at path is meant: by file name, else by COCO's id, its numeric stem."""
-        if self.file_name is not None:
-            return Path(self.file_name).name == path.name
-        if isinstance(self.image_id, str):
-            return self.image_id in (path.stem, path.name)
-        return path.stem.isdecimal() and int(path.stem) == self.image_id
+
+class DetectionIndex:
+    """Detections by the image that they are of."""
+
+    def __init__(self, detections: Iterable[Detection]) -> None:
+        self._found: dict[int | str | tuple[str], list[Detection]] = {}
+        for detection in detections:
+            if detection.file_name is not None:
+                key: int | str | tuple[str] = (Path(detection.file_name).name,)
+            else:
+                assert detection.image_id is not None
+                key = detection.image_id
+            self._found.setdefault(key, []).append(detection)
+
+    def of(self, path: Path) -> list[Detection]:
+        """Those of the image or video at path.
+
+        By file name, or by an id that is the name without its ending, with it, or its number, as in
+        COCO.
+        """
+        keys: list[int | str | tuple[str]] = [(path.name,), path.name]
+        if path.stem != path.name:
+            keys.append(path.stem)
+        if path.stem.isdecimal():
+            keys.append(int(path.stem))
+        return [detection for key in keys for detection in self._found.get(key, [])]
 
 
 def read_detections(path: str | os.PathLike[str]) -> list[Detection]:
     """The persons in a COCO detections file: a list of {image_id, category_id, bbox, score}.
 
-    Each entry names its image by ``image_id`` or ``file_name``. ``score`` is 1 and the category a
-    person where they are absent; other categories are left out.
+    Each entry names its image by ``image_id`` or ``file_name``, and in a video a ``frame``.
+    ``score`` is 1 and the category a person where they are absent; other categories are left out.
 
     Raises:
         UserError: no such file, no JSON, no list, or an entry that does not fit.
@@ -109,8 +132,11 @@ def _detection(entry: dict[str, Any], where: str) -> Detection:
         raise UserError(f"file_name of {where} is {file_name!r}; expected a string.")
     if image_id is None and file_name is None:
         raise UserError(f"{where} names no image; expected an image_id or a file_name.")
+    frame = entry.get("frame")
+    if isinstance(frame, bool) or not isinstance(frame, int | None) or (frame or 0) < 0:
+        raise UserError(f"frame of {where} is {frame!r}; expected an integer from 0 on.")
     x, y, width, height = map(float, box)
-    return Detection((x, y, width, height), float(score), image_id, file_name)
+    return Detection((x, y, width, height), float(score), image_id, file_name, frame)
 
 
 def _is_number(value: object) -> bool:

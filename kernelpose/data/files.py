@@ -14,6 +14,8 @@ from kernelpose.errors import UserError
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Gives a path beside ``path`` to write to, which takes its place if the block succeeds.
 
+    It ends as ``path`` does, by which some writers choose the format.
+
     Raises:
         UserError: the system does not let us write there.
     """
@@ -22,7 +24,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise UserError(f"{path} is a directory; expected a file to write.")
     if not path.parent.is_dir():
         raise UserError(f"{path} cannot be written; expected {path.parent} to be a directory.")
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
         yield partial
         partial.replace(path)

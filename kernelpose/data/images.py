@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 from kernelpose.data.files import replacing
 from kernelpose.errors import UserError
 
-_EXIF_ORIENTATION = 0x0112
-
 
 def pillow(module: str) -> Any:
     """A module of Pillow, or a UserError that says how to get it."""
@@ -32,24 +30,13 @@ def read_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
     """An image file as (H, W, 3) uint8 RGB, turned upright by its EXIF orientation.
 
     Raises:
-        UserError: the file is missing, no picture, or cut short.
+        UserError: the file is missing, no picture, cut short, or a picture without pixels.
     """
     with _opened(path) as image:
+        if 0 in image.size:
+            width, height = image.size
+            raise UserError(f"{path} is a picture of {width}x{height}; expected one with pixels.")
         return np.array(pillow("ImageOps").exif_transpose(image).convert("RGB"))
-
-
-def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """(height, width) of what `read_image` returns, from the file's head alone.
-
-    Raises:
-        UserError: the file is missing, no picture, or a picture without pixels.
-    """
-    with _opened(path) as image:
-        width, height = image.size
-        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
-    if width == 0 or height == 0:
-        raise UserError(f"{path} is a picture of {width}x{height}; expected one with pixels.")
-    return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import pytest
 
 from kernelpose.data.coco import (
     Detection,
+    DetectionIndex,
     image_ids,
     person_score,
     read_detections,
@@ -33,17 +34,22 @@ def test_the_published_detections(shared: Path) -> None:
     )
     assert len(detections) == 118
     images = sorted((folder / "val2017").glob("*.jpg"))
-    found = [sum(detection.is_of(path) for detection in detections) for path in images]
+    index = DetectionIndex(detections)
+    found = [len(index.of(path)) for path in images]
     assert len(images) == 4
     assert min(found) > 0
     assert sum(found) == 118
 
 
 def test_defaults_and_categories(tmp_path: Path) -> None:
-    entries = [GOOD, {**GOOD, "category_id": 18}, {"file_name": "d/a.jpg", "bbox": [0, 0, 1, 1]}]
+    entries = [
+        GOOD,
+        {**GOOD, "category_id": 18},
+        {"file_name": "d/a.mp4", "bbox": [0, 0, 1, 1], "frame": 2},
+    ]
     assert read_detections(written(tmp_path, entries)) == [
         Detection((1.0, 2.0, 3.5, 4.0), 0.5, 785, None),
-        Detection((0.0, 0.0, 1.0, 1.0), 1.0, None, "d/a.jpg"),
+        Detection((0.0, 0.0, 1.0, 1.0), 1.0, None, "d/a.mp4", 2),
     ]
 
 
@@ -55,13 +61,15 @@ def test_defaults_and_categories(tmp_path: Path) -> None:
         (785, None, "photo785.jpg", False),
         ("street", None, "street.jpg", True),
         ("street.jpg", None, "street.jpg", True),
+        ("street", None, "street", True),
+        ("785", None, "000785.jpg", False),
         (785, "a.jpg", "785.jpg", False),
         (785, "val2017/a.jpg", "here/a.jpg", True),
     ],
 )
 def test_matching(image_id, file_name, path: str, expected: bool) -> None:
     detection = Detection((0, 0, 1, 1), 1.0, image_id, file_name)
-    assert detection.is_of(Path(path)) is expected
+    assert DetectionIndex([detection]).of(Path(path)) == [detection] * expected
 
 
 @pytest.mark.parametrize(
@@ -84,6 +92,8 @@ def test_matching(image_id, file_name, path: str, expected: bool) -> None:
         ([{**GOOD, "score": "high"}], "score of .* is 'high'; expected a finite number"),
         ([{**GOOD, "image_id": 1.5}], "image_id of .* is 1.5; expected an integer or a string"),
         ([{**GOOD, "file_name": 3}], "file_name of .* is 3; expected a string"),
+        ([{**GOOD, "frame": -1}], "frame of .* is -1; expected an integer from 0 on"),
+        ([{**GOOD, "frame": "3"}], "frame of .* is '3'; expected an integer from 0 on"),
         ([{"bbox": [0, 0, 1, 1]}], "entry 0 of .* names no image; expected an image_id"),
     ],
 )

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernelpose.codecs import encode_udp
 from kernelpose.data.boxes import box_to_center_scale, warp_matrix
-from kernelpose.data.coco import read_detections
+from kernelpose.data.coco import DetectionIndex, read_detections
 from kernelpose.data.images import write_png
 from kernelpose.data.skeletons import COCO, Skeleton
 from kernelpose.models import ViTPose
@@ -249,13 +249,15 @@ def test_no_boxes_are_nobody(mosaic, pictures) -> None:
 def test_real_photographs_alone_and_together(shared: Path) -> None:
     """A narrow ViTPose on COCO's photographs and detections: batches change rounding alone."""
     folder = shared / "samples/coco"
-    detections = read_detections(
-        folder / "person_detection_results/COCO_val2017_detections_AP_H_56_person.json"
+    detections = DetectionIndex(
+        read_detections(
+            folder / "person_detection_results/COCO_val2017_detections_AP_H_56_person.json"
+        )
     )
     torch.manual_seed(0)
     model = ViTPose(embed_dim=24, depth=2, num_heads=2, decoder="simple", image_size=(64, 48))
     items = [
-        (path, [found.box for found in detections if found.is_of(path)][:20])
+        (path, [found.box for found in detections.of(path)][:20])
         for path in sorted((folder / "val2017").glob("*.jpg"))
     ]
     together = Predictor(model).stream(items)
