@@ -30,6 +30,8 @@ constexpr int kRegisters = 16;
 typedef float FloatVector __attribute__((vector_size(kVectorBytes)));
 typedef int32_t IntVector __attribute__((vector_size(kVectorBytes)));
 typedef double DoubleVector __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t UintVector __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t ShortVector __attribute__((vector_size(kVectorBytes / 2)));  // as many lanes
 
 template <class T>
 struct VectorOf;
@@ -123,7 +125,7 @@ inline FloatVector power_of_two(FloatVector x) {
 }
 
 inline DoubleVector power_of_two(DoubleVector x) {
-  DoubleVector y;
+  DoubleVector y = x;
   for (int i = 0; i < kWidth<double>; ++i) y[i] = __builtin_exp2(x[i]);
   return y;
 }
@@ -250,6 +252,61 @@ inline void write_row(const Compute<Element>* from, int count, Compute<Element> 
   }
 #endif
   for (; i < count; ++i) from_compute(from[i] * factor, to[i]);
+}
+
+// kWidth neighbouring elements as a vector of the compute type. GCC 12 splits conversions between
+// 16 and 32 bits in halves: hence the intrinsics.
+template <class Element>
+inline Vector<Compute<Element>> load_elements(const Element* from) {
+  using T = Compute<Element>;
+  Vector<T> wide;
+  if constexpr (std::is_same_v<Element, T>) {
+    wide = load(from);
+  } else if constexpr (std::is_same_v<Element, BFloat16>) {
+#if defined(__AVX512F__)
+    const auto narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    const auto bits = _mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16);
+#elif defined(__AVX2__)
+    const auto narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    const auto bits = _mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16);
+#else
+    ShortVector narrow;
+    std::memcpy(&narrow, from, sizeof(narrow));
+    const auto bits = __builtin_convertvector(narrow, UintVector) << 16;
+#endif
+    std::memcpy(&wide, &bits, sizeof(wide));
+  } else {
+    alignas(kVectorBytes) T numbers[kWidth<T>];
+    read_row(from, kWidth<T>, T(1), numbers);
+    wide = load(numbers);
+  }
+  return wide;
+}
+
+// The inverse: the results of arithmetic, rounded to the element type.
+template <class Element>
+inline void store_elements(Element* to, Vector<Compute<Element>> v) {
+  using T = Compute<Element>;
+  if constexpr (std::is_same_v<Element, T>) {
+    store(to, v);
+  } else if constexpr (std::is_same_v<Element, BFloat16>) {
+    UintVector bits;
+    std::memcpy(&bits, &v, sizeof(bits));
+    // A NaN that arithmetic left is quiet: its upper half is a NaN, too.
+    const UintVector high = (v == v ? bits + (0x7fff + ((bits >> 16) & 1)) : bits) >> 16;
+#if defined(__AVX512F__)
+    __m512i words;
+    std::memcpy(&words, &high, sizeof(words));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(words));
+#else
+    const ShortVector narrow = __builtin_convertvector(high, ShortVector);
+    std::memcpy(to, &narrow, sizeof(narrow));
+#endif
+  } else {
+    alignas(kVectorBytes) T numbers[kWidth<T>];
+    store(numbers, v);
+    write_row(numbers, kWidth<T>, T(1), to);
+  }
 }
 
 template <class V, int... I>

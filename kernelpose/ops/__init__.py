@@ -5,6 +5,7 @@ from kernelpose.ops.decode_heatmap import decode_heatmap
 from kernelpose.ops.decode_simcc import decode_simcc
 from kernelpose.ops.flip_merge import flip_merge
 from kernelpose.ops.heatmap_loss import heatmap_loss
+from kernelpose.ops.grn import grn
 from kernelpose.ops.window_attention import window_attention
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "decode_simcc",
     "flip_merge",
     "heatmap_loss",
+    "grn",
     "window_attention",
 ]

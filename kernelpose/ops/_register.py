@@ -94,3 +94,17 @@ def is_plain(*tensors: Tensor | None) -> bool:
         )
         for t in tensors
     )
+
+
+def no_second_derivative(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`autograd` of the registered backward of op `name`, whose last argument is the backend."""
+
+    def keep_backend(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.backend = inputs[-1]
+
+    def refuse(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            f"backend is {ctx.backend!r}; expected 'eager' for a second derivative of {name}."
+        )
+
+    return keep_backend, refuse

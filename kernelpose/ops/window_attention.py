@@ -11,7 +11,7 @@ from torch import Tensor
 from kernelpose import _native
 from kernelpose.backend import OpSpec, choose
 from kernelpose.backend import register as register_backends
-from kernelpose.ops._register import autocast, is_plain, register
+from kernelpose.ops._register import autocast, is_plain, no_second_derivative, register
 from kernelpose.reference.window_attention import window_attention as reference
 
 Pair = tuple[int, int]
@@ -267,23 +267,13 @@ def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...
     return grad_qkv, None if bias_table is None else grad_bias, *(None for _ in ctx.arguments)
 
 
-def _keep_backend(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.backend = inputs[-1]
-
-
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        f"backend is {ctx.backend!r}; expected 'eager' for a second derivative of window_attention."
-    )
-
-
 _op_backward = register(
     "window_attention_backward",
     "(Tensor grad_out, Tensor qkv, Tensor? bias_table, Tensor out, Tensor lse, "
     f"{_ARGUMENTS}) -> (Tensor, Tensor)",
     _run_backward,
     lambda grad_out, qkv, bias_table, out, lse, *arguments: _gradients(qkv, bias_table, lse),
-    autograd=(_keep_backend, _no_second_derivative),
+    autograd=no_second_derivative("window_attention"),
 )
 _op = register(
     "window_attention",

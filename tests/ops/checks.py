@@ -95,6 +95,77 @@ def check_forward_parity(case: Case, backend: str, dtype: torch.dtype) -> None:
     assert_parity(case.run(inputs, backend), case.run(inputs, "eager"), exact, "output")
 
 
+def check_memory_formats(case: Case, backend: str) -> None:
+    """Maps (B, C, H, W), the first inputs, in any layout: the same numbers, dense ones in their
+    own format, gradients included, whatever the format of the gradient that comes."""
+    inputs = case.inputs(torch.float32, device_for(backend))
+    maps = [x.ndim == 4 for x in inputs]
+
+    def run(layout: Callable[[Tensor], Tensor], grad: Tensor | None = None) -> list[Tensor]:
+        leaves = [
+            layout(x.detach()) if m else x.detach() for x, m in zip(inputs, maps, strict=True)
+        ]
+        leaves = [x.requires_grad_() for x in leaves]
+        output = case.run(leaves, backend)
+        grad = torch.ones((), device=output.device).expand_as(output) if grad is None else grad
+        return [output.detach(), *torch.autograd.grad(output, leaves, grad)]
+
+    def channels_last(x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def wide(x: Tensor) -> Tensor:  # tokens after one that is no part of the map
+        tokens = torch.nn.functional.pad(x.flatten(2).transpose(1, 2), (0, 0, 1, 0))
+        return tokens[:, 1:].transpose(1, 2).unflatten(2, x.shape[2:])
+
+    expected = run(Tensor.contiguous)
+    assert all(x.is_contiguous() for x, m in zip(expected, [True, *maps], strict=True) if m)
+    for layout in (channels_last, wide):
+        got = run(layout)
+        for x, y, m in zip(got, expected, [True, *maps], strict=True):
+            torch.testing.assert_close(x, y)
+            assert not m or x.is_contiguous(memory_format=torch.channels_last)
+        torch.manual_seed(1)
+        grad = torch.randn_like(expected[0])
+        for x, y in zip(run(layout, grad), run(layout, channels_last(grad)), strict=True):
+            assert torch.equal(x, y)
+
+
+def check_deterministic(case: Case, backend: str) -> None:
+    """The same bits on every call, gradients included, whatever the number of threads."""
+    inputs = case.inputs(torch.float32, device_for(backend))
+    before = torch.get_num_threads()
+    results: list[tuple[Tensor, ...]] = []
+    try:
+        for threads in (1, 2, 2, 3):
+            torch.set_num_threads(threads)
+            output = case.run(inputs, backend)
+            results.append((output, *torch.autograd.grad(output.square().sum(), inputs)))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def check_instruction_set(isa: str, module: str, run_python: Callable[..., str]) -> None:
+    """Parity of the CPU build for one instruction set, on all CASES of a test module, in a process
+    of its own; skips where this machine cannot run it."""
+    script = f"""
+import torch
+from kernelpose import _native
+from tests.ops import checks
+from {module} import CASES
+print(_native.core.cpu_isa())
+for case in CASES.values():
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        checks.check_parity(case, "cpu", dtype)
+print("done")
+"""
+    lines = run_python(script, KERNELPOSE_CPU_ISA=isa).split()
+    if lines[0] != isa:
+        pytest.skip(f"this machine runs {lines[0]} at best")
+    assert lines[-1] == "done"
+
+
 def check_compile(function: Callable[..., Any], *args: Any, compiler: str = "aot_eager") -> None:
     """torch.compile(fullgraph=True) gives the same output and gradients, with one graph."""
     torch._dynamo.reset()

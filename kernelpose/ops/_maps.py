@@ -1,0 +1,34 @@
+"""Feature maps in PyTorch's two memory formats, which the kernels read and write as they lie."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_maps(name: str, maps: Tensor, shape: str = "(B, C, H, W)") -> None:
+    """Raise where `maps` is no floating-point tensor of four dimensions."""
+    if not isinstance(maps, Tensor):
+        raise TypeError(f"{name} is {type(maps).__name__}; expected a tensor.")
+    if not maps.is_floating_point():
+        raise TypeError(f"{name} is {maps.dtype}; expected a floating-point tensor.")
+    if maps.ndim != 4:
+        raise ValueError(f"{name} has shape {tuple(maps.shape)}; expected {shape}.")
+
+
+def memory_format(maps: Tensor) -> torch.memory_format:
+    """The format that kernels take maps (B, C, H, W) in: their own, where they are dense."""
+    if maps.is_contiguous() or maps.stride(1) != 1:
+        return torch.contiguous_format
+    return torch.channels_last
+
+
+def statistics_dtype(maps: Tensor) -> torch.dtype:
+    """The dtype of sums over maps, and of the parameters that kernels take with them."""
+    return torch.float64 if maps.dtype == torch.float64 else torch.float32
+
+
+def native_shape(maps: Tensor) -> tuple[int | bool, ...]:
+    """(batch, channels, pixels, channels_last), as csrc/include/kernelpose/maps.h has them."""
+    batch, channels, height, width = maps.shape
+    return batch, channels, height * width, not maps.is_contiguous()
