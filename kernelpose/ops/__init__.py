@@ -4,8 +4,8 @@ from kernelpose.ops.crop_normalize import crop_normalize
 from kernelpose.ops.decode_heatmap import decode_heatmap
 from kernelpose.ops.decode_simcc import decode_simcc
 from kernelpose.ops.flip_merge import flip_merge
-from kernelpose.ops.heatmap_loss import heatmap_loss
 from kernelpose.ops.grn import grn
+from kernelpose.ops.heatmap_loss import heatmap_loss
 from kernelpose.ops.window_attention import window_attention
 
 __all__ = [
@@ -13,7 +13,7 @@ __all__ = [
     "decode_heatmap",
     "decode_simcc",
     "flip_merge",
-    "heatmap_loss",
     "grn",
+    "heatmap_loss",
     "window_attention",
 ]

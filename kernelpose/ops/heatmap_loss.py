@@ -11,7 +11,7 @@ from torch import Tensor
 from kernelpose import _native
 from kernelpose.backend import OpSpec, choose
 from kernelpose.backend import register as register_backends
-from kernelpose.ops._register import is_plain, register
+from kernelpose.ops._register import is_plain, no_second_derivative, register
 from kernelpose.reference.heatmap_loss import TARGET_CODECS, pixel_ratio
 from kernelpose.reference.heatmap_loss import heatmap_loss as reference
 
@@ -197,22 +197,12 @@ def _backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
     return run(*tensors, *ctx.arguments), None, None, *(None for _ in ctx.arguments)
 
 
-def _keep_backend(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.backend = inputs[-1]
-
-
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        f"backend is {ctx.backend!r}; expected 'eager' for a second derivative of heatmap_loss."
-    )
-
-
 _op_backward = register(
     "heatmap_loss_backward",
     f"(Tensor grad_loss, Tensor pred, Tensor keypoints, Tensor visible, {_ARGUMENTS}) -> Tensor",
     _run_backward,
     lambda grad_loss, pred, *arguments: _gradient(pred),
-    autograd=(_keep_backend, _no_second_derivative),
+    autograd=no_second_derivative("heatmap_loss"),
     autocast=False,
 )
 _op = register(
