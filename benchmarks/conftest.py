@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import cv2
 import pytest
 import torch
 
@@ -28,7 +29,9 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     if torch.cuda.is_available():
         yield torch.device("cuda", 0)
     else:
-        torch.set_num_threads(request.config.getoption("--threads"))
+        count = request.config.getoption("--threads")
+        torch.set_num_threads(count)
+        cv2.setNumThreads(count)  # what the plain path runs on
         yield torch.device("cpu")
     torch.set_num_threads(threads)
 
