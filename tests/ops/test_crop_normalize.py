@@ -63,7 +63,7 @@ class Case:
 
     def run(self, backend: str | None, device: str = "cpu", **more: Any) -> Result:
         args, options = self.arguments(device)
-        return crop_normalize(*args, **options, **more, backend=backend)
+        return crop_normalize(*args, **{**options, **more, "backend": backend})
 
 
 INSIDE = (20.0, 15.0, 20.0, 40.0)
@@ -110,7 +110,7 @@ def check(got: Result, expected: Result, dtype: torch.dtype, std: Sequence[float
     # A GPU divides by a number as it multiplies by its inverse.
     exact = got[1].device.type == "cpu"
     for a, b in zip(got[1:], expected[1:], strict=True):
-        torch.testing.assert_close(a, b, **({"rtol": 0, "atol": 0} if exact else {}))
+        torch.testing.assert_close(a, b, rtol=0 if exact else None, atol=0 if exact else None)
     if got[0].numel() == 0:
         return
     grey = 255 * torch.tensor(std, device=got[0].device).view(3, 1, 1)
@@ -263,8 +263,9 @@ def test_what_has_no_crop_is_black_where_nobody_waits(name: str, backend: str) -
         run = kernelpose.reference.crop_normalize.crop_normalize
         crops = run(images, boxes, index, rotation, (8, 6))[0]
     else:
-        options = {"size": (8, 6), "rotation": rotation, "backend": backend}
-        crops = crop_normalize(images, boxes, index, **options)[0]
+        crops = crop_normalize(
+            images, boxes, index, size=(8, 6), rotation=rotation, backend=backend
+        )[0]
     black = normalize(torch.zeros(3, 8, 6, dtype=torch.uint8, device=device))
     torch.testing.assert_close(crops[1], black)
     others = [0, 2]
