@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 
 #include "kernelpose/maps.h"
 #include "parallel.h"
@@ -47,12 +48,14 @@ struct Values {
   }
 };
 
-// sums[k][c] for `count` channels from `first` on. accumulate(values, sums) adds one place's values
-// of all inputs; inputs point at an image, sums at the first of the channels.
-template <int kInputs, int kSums, class Element, class Accumulate>
+// sums[k][c] for `count` channels from `first` on. accumulate(values, factors, sums) adds what one
+// place's values of all inputs and its channel's factors give; inputs point at an image, factors
+// and sums at the first of the channels.
+template <int kInputs, int kSums, class Element, size_t kFactors, class Accumulate>
 inline void sum_over_pixels(const Maps& maps, const Element* const (&inputs)[kInputs],
-                            int64_t first, int64_t count, Compute<Element>* const (&sums)[kSums],
-                            const Accumulate& accumulate) {
+                            int64_t first, int64_t count,
+                            const std::array<const Compute<Element>*, kFactors>& factors,
+                            Compute<Element>* const (&sums)[kSums], const Accumulate& accumulate) {
   using T = Compute<Element>;
   using V = Vector<T>;
   using Vectors = Values<V, kInputs, Element>;
@@ -62,14 +65,21 @@ inline void sum_over_pixels(const Maps& maps, const Element* const (&inputs)[kIn
     constexpr int kUnroll = 4;
     for (int64_t c = 0; c < count; ++c) {
       const int64_t row = (first + c) * maps.pixels;
+      std::array<V, kFactors> own;
+      std::array<T, kFactors> own_numbers;
+      for (int k = 0; k < static_cast<int>(kFactors); ++k) {
+        own[k] = broadcast(own_numbers[k] = factors[k][c]);
+      }
       V parts[kUnroll][kSums] = {};
       int64_t p = 0;
       for (; p + kUnroll * n <= maps.pixels; p += kUnroll * n) {
-        for (int u = 0; u < kUnroll; ++u) accumulate(Vectors(inputs, row + p + u * n).of, parts[u]);
+        for (int u = 0; u < kUnroll; ++u) {
+          accumulate(Vectors(inputs, row + p + u * n).of, own, parts[u]);
+        }
       }
-      for (; p + n <= maps.pixels; p += n) accumulate(Vectors(inputs, row + p).of, parts[0]);
+      for (; p + n <= maps.pixels; p += n) accumulate(Vectors(inputs, row + p).of, own, parts[0]);
       T rest[kSums] = {};
-      for (; p < maps.pixels; ++p) accumulate(Numbers(inputs, row + p).of, rest);
+      for (; p < maps.pixels; ++p) accumulate(Numbers(inputs, row + p).of, own_numbers, rest);
       for (int k = 0; k < kSums; ++k) {
         const V part = (parts[0][k] + parts[1][k]) + (parts[2][k] + parts[3][k]);
         sums[k][c] = reduce_sum<T>(part) + rest[k];
@@ -83,16 +93,20 @@ inline void sum_over_pixels(const Maps& maps, const Element* const (&inputs)[kIn
     const int64_t row = p * maps.channels + first;
     int64_t c = 0;
     for (; c + n <= count; c += n) {
+      std::array<V, kFactors> own;
+      for (int k = 0; k < static_cast<int>(kFactors); ++k) own[k] = load(factors[k] + c);
       V part[kSums] = {};
       for (int r = 0; r < rows; ++r) {
-        accumulate(Vectors(inputs, row + r * maps.channels + c).of, part);
+        accumulate(Vectors(inputs, row + r * maps.channels + c).of, own, part);
       }
       for (int k = 0; k < kSums; ++k) store(sums[k] + c, load(sums[k] + c) + part[k]);
     }
     for (; c < count; ++c) {
+      std::array<T, kFactors> own;
+      for (int k = 0; k < static_cast<int>(kFactors); ++k) own[k] = factors[k][c];
       T part[kSums] = {};
       for (int r = 0; r < rows; ++r) {
-        accumulate(Numbers(inputs, row + r * maps.channels + c).of, part);
+        accumulate(Numbers(inputs, row + r * maps.channels + c).of, own, part);
       }
       for (int k = 0; k < kSums; ++k) sums[k][c] += part[k];
     }
@@ -100,6 +114,16 @@ inline void sum_over_pixels(const Maps& maps, const Element* const (&inputs)[kIn
   int64_t p = 0;
   for (; p + 8 <= maps.pixels; p += 8) add_rows(p, std::integral_constant<int, 8>{});
   for (; p < maps.pixels; ++p) add_rows(p, std::integral_constant<int, 1>{});
+}
+
+// The same of the values alone: accumulate(values, sums).
+template <int kInputs, int kSums, class Element, class Accumulate>
+inline void sum_over_pixels(const Maps& maps, const Element* const (&inputs)[kInputs],
+                            int64_t first, int64_t count, Compute<Element>* const (&sums)[kSums],
+                            const Accumulate& accumulate) {
+  sum_over_pixels<kInputs, kSums, Element>(
+      maps, inputs, first, count, std::array<const Compute<Element>*, 0>{}, sums,
+      [&](const auto& values, const auto&, auto& own) { accumulate(values, own); });
 }
 
 // Writes the outputs of `count` channels from `first` on. combine(values, factors, results) makes

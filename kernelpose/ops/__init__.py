@@ -6,6 +6,7 @@ from kernelpose.ops.decode_simcc import decode_simcc
 from kernelpose.ops.flip_merge import flip_merge
 from kernelpose.ops.grn import grn
 from kernelpose.ops.heatmap_loss import heatmap_loss
+from kernelpose.ops.spatial_gate import spatial_gate
 from kernelpose.ops.window_attention import window_attention
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "flip_merge",
     "grn",
     "heatmap_loss",
+    "spatial_gate",
     "window_attention",
 ]

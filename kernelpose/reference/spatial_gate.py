@@ -1,0 +1,22 @@
+"""The gate of SCConv's spatial unit, in plain PyTorch: what the op computes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def spatial_gate(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, threshold: float, eps: float
+) -> Tensor:
+    """x (B, C, H, W), weight and bias (C,) -> (B, C, H, W); see `kernelpose.ops.spatial_gate`."""
+    features = x.to(torch.promote_types(x.dtype, torch.float32))
+    weight, bias = weight.to(features.dtype), bias.to(features.dtype)
+    normalized = torch.group_norm(features, groups, weight, bias, eps)
+    share = (weight / weight.sum()).reshape(1, -1, 1, 1)
+    gate = torch.sigmoid(share * normalized)
+    informative = gate > threshold
+    weak = gate * features
+    kept = torch.where(informative, features, weak)
+    rest = torch.where(informative, 0, weak)
+    return (kept + torch.cat(rest.chunk(2, 1)[::-1], 1)).to(x.dtype)
