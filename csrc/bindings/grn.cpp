@@ -5,6 +5,10 @@
 #include "bind.h"
 #include "cpu/grn.h"
 
+#ifdef KERNELPOSE_WITH_CUDA
+#include "cuda/grn.h"
+#endif
+
 namespace kernelpose::bindings {
 namespace {
 
@@ -35,6 +39,25 @@ KP_BIND(m) {
                                       pointer(sums), pointer(grad_x), shape_of(shape),
                                       static_cast<DType>(dtype), threads);
         });
+#ifdef KERNELPOSE_WITH_CUDA
+  m.def("cuda_grn_forward", [](Address x, Address gamma, Address beta, Address out, Address norms,
+                               const ShapeTuple& shape, int dtype, Address stream) {
+    const py::gil_scoped_release release;
+    check_cuda(cuda::grn_forward(pointer(x), pointer<float>(gamma), pointer<float>(beta),
+                                 pointer(out), pointer<float>(norms), shape_of(shape),
+                                 static_cast<DType>(dtype), stream_of(stream)),
+               "grn");
+  });
+  m.def("cuda_grn_backward", [](Address grad_out, Address x, Address gamma, Address norms,
+                                Address sums, Address grad_x, const ShapeTuple& shape, int dtype,
+                                Address stream) {
+    const py::gil_scoped_release release;
+    check_cuda(cuda::grn_backward(pointer(grad_out), pointer(x), pointer<float>(gamma),
+                                  pointer<float>(norms), pointer<float>(sums), pointer(grad_x),
+                                  shape_of(shape), static_cast<DType>(dtype), stream_of(stream)),
+               "grn");
+  });
+#endif
 }
 
 }  // namespace kernelpose::bindings

@@ -32,3 +32,13 @@ def native_shape(maps: Tensor) -> tuple[int | bool, ...]:
     """(batch, channels, pixels, channels_last), as csrc/include/kernelpose/maps.h has them."""
     batch, channels, height, width = maps.shape
     return batch, channels, height * width, not maps.is_contiguous()
+
+
+def too_many_channels(backend: str, maps: Tensor) -> str | None:
+    """The objection to more channels than a GPU's grid has blocks for."""
+    if backend == "cpu" or torch.compiler.is_exporting():  # or sizes would get an upper bound
+        return None
+    count = maps.shape[0] * maps.shape[1]
+    if count < 2**31:
+        return None
+    return f"it takes fewer than {2**31} channels of all images, and this has {count}"

@@ -10,7 +10,13 @@ from torch import Tensor
 from kernelpose import _native
 from kernelpose.backend import OpSpec, choose
 from kernelpose.backend import register as register_backends
-from kernelpose.ops._maps import check_maps, memory_format, native_shape, statistics_dtype
+from kernelpose.ops._maps import (
+    check_maps,
+    memory_format,
+    native_shape,
+    statistics_dtype,
+    too_many_channels,
+)
 from kernelpose.ops._register import is_plain, no_second_derivative, register
 from kernelpose.reference.grn import grn as reference
 
@@ -153,11 +159,12 @@ _op = register(
 
 
 def _objection(backend: str, x: Tensor, *_: Any, **__: Any) -> str | None:
-    return None
+    return too_many_channels(backend, x)
 
 
 def _automatic(x: Tensor) -> tuple[str, ...]:
-    return {"cpu": ("cpu",)}.get(x.device.type, ())
+    """On a GPU nothing was measured yet; CUDA C++ stands first."""
+    return {"cuda": ("cuda",), "cpu": ("cpu",)}.get(x.device.type, ())
 
 
 def _example(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -167,12 +174,16 @@ def _example(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...],
     return (x.to(memory_format=torch.channels_last), gamma, torch.empty_like(gamma)), {}
 
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 register_backends(
     OpSpec(
         name="grn",
-        dtypes={"cpu": _FLOATS, "eager": _FLOATS},
+        dtypes={
+            "cuda": _FLOATS,
+            "cpu": (*_FLOATS, torch.float64),
+            "eager": (*_FLOATS, torch.float64),
+        },
         directions="fwd+bwd",
         automatic=_automatic,
         objection=_objection,

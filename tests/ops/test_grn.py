@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 import kernelpose
+from kernelpose.backend import OPS
 from kernelpose.nn import GRN
 from kernelpose.ops import grn
 from tests.ops import checks
 from tests.parity import assert_parity
 
-KERNELS = ("cpu",)
+KERNELS = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -251,6 +252,23 @@ def test_second_derivative_is_refused_and_eager_has_it(backend: str) -> None:
                 torch.autograd.grad(first.square().sum(), x)
         else:
             assert torch.autograd.grad(first.square().sum(), x)[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("backend", ["cuda"])
+@pytest.mark.parametrize("name", ["mitpose", "odd-tokens"])
+def test_side_stream_and_graph_capture(name: str, backend: str) -> None:
+    checks.check_side_stream(CASES[name], backend)
+    checks.check_graph_capture(CASES[name], backend)
+
+
+@pytest.mark.parametrize("backend", ["cuda"])
+def test_no_room_is_an_objection(backend: str) -> None:
+    x = torch.empty(2**16, 2**15, 1, 1, device="meta")
+    reason = OPS["grn"].objection(backend, x)
+    assert (
+        reason == "it takes fewer than 2147483648 channels of all images, and this has 2147483648"
+    )
+    assert OPS["grn"].objection(backend, x[1:]) is None
 
 
 ZEROS = torch.zeros(2, 8, 3, 4)
