@@ -1,7 +1,7 @@
 """`kernelpose bench pipeline`: where the time goes from an image file to keypoints.
 
 Our path and the plain one (OpenCV and numpy around the same model, `kernelpose.pipeline.plain`) do
-the same work in the same stages; each stage ends when the device is done.
+the same work in the same stages and batches; each stage ends when the device is done.
 """
 
 from __future__ import annotations
@@ -30,11 +30,10 @@ from kernelpose.ops import crop_normalize, decode_heatmap, flip_merge
 from kernelpose.pipeline import plain
 from kernelpose.pipeline.chart import draw_stacks
 from kernelpose.pipeline.command import add_model_argument, add_out_argument
-from kernelpose.pipeline.model import load_model
+from kernelpose.pipeline.model import load_model, persons_a_pass
 from kernelpose.pipeline.timing import interleaved, machine
 
 STAGES = ("decode image", "crop", "forward", "flip", "decode")
-BATCH = 64  # persons in one pass, in both paths
 
 Times = dict[str, float]  # stage -> seconds
 
@@ -130,7 +129,7 @@ def _ours(model: nn.Module, path: Path, boxes: Tensor) -> Times:
     image = torch.from_numpy(read_image(path))
     clock("decode image")
     image = image.to(device)
-    for part in boxes.split(BATCH):
+    for part in boxes.split(persons_a_pass(model)):
         index = torch.zeros(len(part), dtype=torch.int64, device=device)
         crops, centers, scales = crop_normalize([image], part.to(device), index, size=size)
         clock("crop")
@@ -149,7 +148,7 @@ def _plainly(model: nn.Module, path: Path, boxes: Tensor) -> Times:
     clock = _Clock()
     image = plain.read_image(path)
     clock("decode image")
-    for part in boxes.split(BATCH):
+    for part in boxes.split(persons_a_pass(model)):
         center, scale = box_to_center_scale(part, size)
         matrices = warp_matrix(center, scale, size).numpy()
         pixels = plain.crop_and_normalize(image, matrices, size, IMAGENET_MEAN, IMAGENET_STD)

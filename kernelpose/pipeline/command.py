@@ -16,7 +16,13 @@ from kernelpose.data.files import make_directory
 from kernelpose.errors import UserError
 from kernelpose.pipeline.annotate import Annotator
 from kernelpose.pipeline.journal import Journal, Outcome, stamped
-from kernelpose.pipeline.model import DEFAULT_MODEL, MODEL_OPTIONS, load_model, model_options
+from kernelpose.pipeline.model import (
+    DEFAULT_MODEL,
+    MODEL_OPTIONS,
+    load_model,
+    model_options,
+    persons_a_pass,
+)
 from kernelpose.pipeline.predictor import Predictor
 from kernelpose.pipeline.sources import Source, find_sources
 
@@ -106,7 +112,12 @@ def run(args: argparse.Namespace) -> int:
     if len(todo) < len(sources):
         print(f"{len(sources) - len(todo)} of {_count(len(sources), 'input')} were done before")
     model = load_model(args.model, args.checkpoint, model_options(args.model_option))
-    predictor = Predictor(model, flip_test=args.flip_test, decode=args.decode)
+    predictor = Predictor(
+        model,
+        flip_test=args.flip_test,
+        decode=args.decode,
+        batch_size=persons_a_pass(model),
+    )
     make_directory(args.out)
     annotator = Annotator(predictor, DetectionIndex(detections), args.out)
     start, count = time.perf_counter(), 0

@@ -82,6 +82,15 @@ def load_model(
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
+def persons_a_pass(model: nn.Module) -> int:
+    """How many persons to run at once: enough to fill a GPU; on a CPU few.
+
+    A CPU is full with one, and maps and unmaps the memory of a large batch's activations on every
+    layer: ViTPose-S spends 0 % of its time on that with 8 images, 25 % with 128.
+    """
+    return 64 if next(model.parameters()).is_cuda else 8
+
+
 def _random_model(name: str, options: Mapping[str, Any]) -> nn.Module:
     torch.manual_seed(0)
     model = _built(kernelpose.create_model, name, **options)

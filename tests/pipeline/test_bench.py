@@ -57,7 +57,7 @@ def test_both_paths_find_the_same(
 
     monkeypatch.setattr(bench, "decode_heatmap", ours)
     monkeypatch.setattr(plain, "to_image", plainly)
-    monkeypatch.setattr(bench, "BATCH", 2)
+    monkeypatch.setattr(bench, "persons_a_pass", lambda model: 2)
     write_png(tmp_path / "a.png", np.kron(pictures(1)[0], np.ones((4, 4, 1), np.uint8)))
     boxes = bench._boxes(tmp_path / "a.png", 5)
     with torch.inference_mode():

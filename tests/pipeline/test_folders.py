@@ -122,11 +122,7 @@ class Interrupt:
 @pytest.fixture
 def one_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that what was read before an interrupt is done."""
-    predictor = annotate.Predictor
-    monkeypatch.setattr(
-        "kernelpose.pipeline.command.Predictor",
-        lambda *args, **options: predictor(*args, batch_size=1, **options),
-    )
+    monkeypatch.setattr("kernelpose.pipeline.command.persons_a_pass", lambda model: 1)
 
 
 @pytest.mark.usefixtures("one_a_batch")
