@@ -20,6 +20,7 @@ from kernelpose.data.boxes import box_to_center_scale, can_be_cropped
 from kernelpose.data.images import read_image
 from kernelpose.data.skeletons import COCO, Skeleton
 from kernelpose.ops import crop_normalize, decode_heatmap, flip_merge
+from kernelpose.ops.crop_normalize import DTYPES
 from kernelpose.pipeline.graph import Graphed
 from kernelpose.pipeline.poses import Poses
 
@@ -274,7 +275,14 @@ def _placed(
 ) -> tuple[nn.Module, torch.device, torch.dtype]:
     """The model or a copy, and where and in what it computes."""
     weight = next(model.parameters(), torch.empty(0))
-    moved = torch.empty(0, device=device or weight.device, dtype=dtype or weight.dtype)
+    dtype = dtype or weight.dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype}; expected torch.float32, torch.float16 or .bfloat16.")
+    try:
+        moved = torch.empty(0, device=device or weight.device, dtype=dtype)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch is built without CUDA
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device is {device}; expected one that is here ({reason}).") from error
     if (moved.device, moved.dtype) != (weight.device, weight.dtype):
         model = copy.deepcopy(model).to(moved.device, moved.dtype)
     return model, moved.device, moved.dtype

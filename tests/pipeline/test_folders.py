@@ -15,6 +15,8 @@ pytest.importorskip("tqdm")
 from kernelpose.cli import main
 from kernelpose.data.images import write_png
 from kernelpose.pipeline import annotate
+from kernelpose.pipeline.journal import Journal, Outcome
+from kernelpose.pipeline.sources import Source
 
 pytestmark = pytest.mark.usefixtures("tiny_vitpose")
 
@@ -154,6 +156,16 @@ def test_an_interrupted_folder_goes_on(
     assert results(folder) == whole
     assert (out / "a_pose.png").stat().st_mtime_ns == before
     assert not (out / "keypoints.partial.jsonl").exists()
+
+
+def test_what_is_done_is_on_the_disk_at_once(folder: Path) -> None:
+    """A machine that stops closes no file."""
+    source = Source(folder / "b.png", "b_pose.png")
+    path, outcome = folder / "journal.jsonl", Outcome([[{"score": 0.5}]], ["a box"], whole=True)
+    with Journal(path, {"--decode": "shift"}) as journal:
+        journal.add(source, outcome)
+        assert Journal(path, {"--decode": "shift"}).outcome(source) == outcome
+        assert Journal(path, {"--decode": "shift"}).outcome(Source(source.path, "other")) is None
 
 
 @pytest.mark.usefixtures("one_a_batch")

@@ -198,6 +198,32 @@ def test_a_compiled_model_finds_the_same(mosaic, pictures) -> None:
     torch.testing.assert_close(found.keypoints, expected.keypoints, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("wanted", [False, True])
+def test_a_model_that_cannot_be_captured(mosaic, pictures, monkeypatch, wanted: bool) -> None:
+    """What a GPU does when it is asked for a graph, told here: fall back, aloud and once."""
+    asked = []
+
+    def refuse(graphed, *inputs):
+        asked.append(len(inputs[0]))
+        raise RuntimeError("capture refused")
+
+    monkeypatch.setattr("kernelpose.pipeline.graph.Graphed.__call__", refuse)
+    (image,) = pictures(1)
+    expected = Predictor(mosaic)(image).keypoints
+    predictor = Predictor(mosaic)
+    predictor._graph_size, predictor._graphs_wanted = 1, wanted
+    predictor(image, [[0, 0, 20, 30]] * 2)
+    assert asked == []
+    if wanted:
+        with pytest.raises(RuntimeError, match="capture refused"):
+            predictor(image)
+        return
+    with pytest.warns(UserWarning, match="runs without a CUDA graph: capture refused"):
+        assert torch.equal(predictor(image).keypoints, expected)
+    assert torch.equal(predictor(image).keypoints, expected)
+    assert asked == [1]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 @pytest.mark.parametrize("cuda_graph", [True, "auto", False])
 def test_graphs_and_uploads_change_nothing_on_a_gpu(mosaic, pictures, cuda_graph) -> None:
@@ -295,6 +321,9 @@ def test_errors_name_the_argument(mosaic) -> None:
             lambda: Predictor(mosaic)(image[:0], [[0, 0, 5, 5]]),
             r"shape \(0, 20, 3\); expected uint8",
         ),
+        (lambda: Predictor(mosaic, dtype=torch.float64), "dtype is torch.float64; expected torch."),
+        (lambda: Predictor(mosaic, device="cuda:99"), "device is cuda:99; expected one that is he"),
+        (lambda: Predictor(mosaic, device="gpu"), r"device is gpu; expected one that is here \(Ex"),
         (lambda: Predictor(mosaic, cuda_graph=True), "cuda_graph is True; expected 'auto' or"),
         (
             lambda: Predictor(mosaic)(image, [[0, 0, 0, 5]]),
