@@ -14,27 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .peak import find_peak
+
 BLOCK = 512
 OPTIONS = {"num_warps": 2}
 REGISTERS = 64  # a thread at most, on either architecture
-
-
-@triton.jit
-def _peak(row, bins, BLOCK: tl.constexpr):
-    """(largest logit, its first bin, whether any is NaN) of one row."""
-    best = tl.full((BLOCK,), float("-inf"), tl.float32)
-    places = tl.full((BLOCK,), 0, tl.int32)
-    nan = tl.full((BLOCK,), 0, tl.int32)
-    for start in range(0, bins, BLOCK):
-        bin_index = start + tl.arange(0, BLOCK)
-        logits = tl.load(row + bin_index, mask=bin_index < bins, other=float("-inf"))
-        logits = logits.to(tl.float32)
-        nan |= (logits != logits).to(tl.int32)
-        better = logits > best
-        best = tl.where(better, logits, best)
-        places = tl.where(better, bin_index, places)
-    top = tl.max(best, 0)
-    return top, tl.min(tl.where(best == top, places, bins), 0), tl.max(nan, 0)
 
 
 @triton.jit
@@ -63,8 +47,8 @@ def _decode_simcc_kernel(
 ):
     joint = tl.program_id(0).to(tl.int64)
     person = joint // joints
-    best_x, bin_x, nan_x = _peak(x + joint * bins_x, bins_x, BLOCK)
-    best_y, bin_y, nan_y = _peak(y + joint * bins_y, bins_y, BLOCK)
+    best_x, bin_x, nan_x = find_peak(x + joint * bins_x, bins_x, BLOCK)
+    best_y, bin_y, nan_y = find_peak(y + joint * bins_y, bins_y, BLOCK)
     score = tl.where((nan_x | nan_y) != 0, 0.0, tl.minimum(best_x, best_y))
     location_x = tl.where(score > 0, bin_x.to(tl.float32), -1.0) / split_ratio
     location_y = tl.where(score > 0, bin_y.to(tl.float32), -1.0) / split_ratio

@@ -142,6 +142,11 @@ def _run(
     if maxima.numel() == 0:
         return keypoints, maxima
     weights = _weights(mode, kernel)
+    if backend == "triton":
+        from kernelpose.triton_kernels import decode_heatmap as kernels
+
+        kernels.forward(heatmaps, centers, scales, keypoints, maxima, mode, weights, udp)
+        return keypoints, maxima
     addresses = [_native.address(t) for t in (heatmaps, centers, scales, keypoints, maxima)]
     problem = (*heatmaps.shape, DECODE_MODES.index(mode), udp, weights)
     _native.call(
@@ -206,6 +211,7 @@ register_backends(
         name="decode_heatmap",
         dtypes={
             "cuda": _FLOATS,
+            "triton": _FLOATS,
             "cpu": (*_FLOATS, torch.float64),
             "eager": (*_FLOATS, torch.float64),
         },

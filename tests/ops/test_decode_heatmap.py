@@ -74,8 +74,8 @@ CASES = {mode: Case((20, 15), mode) for mode in DECODE_MODES} | {
     "kernel-above-map-symmetric": Case((4, 5), "transformers", kernel=21),
     "aligned": Case((16, 32), "transformers", joints=1),
     "large": Case((96, 72), "mmpose1", persons=1, joints=2),
-    "faint": Case((40, 50), "mmpose1", crops=False, peak=0.003, persons=1),  # clipped near its peak
-    "faint-dark": Case((40, 50), "dark", crops=False, peak=1e-9, persons=1),
+    "faint": Case((40, 50), crops=False, peak=0.003, persons=1, joints=2),  # clipped at its peak
+    "faint-dark": Case((40, 50), "dark", crops=False, peak=1e-9, persons=1, joints=2),
     "two-rows": Case((2, 9), "transformers", crops=False),
     "one-pixel": Case((1, 1), "mmpose1", udp=False),
     "no-persons": Case((8, 6), persons=0),

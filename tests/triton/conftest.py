@@ -23,6 +23,7 @@ with pytest.MonkeyPatch.context() as patch:
     triton = pytest.importorskip("triton")
     from kernelpose.triton_kernels import (  # noqa: F401  # each op's, decorated here
         crop_normalize,
+        decode_heatmap,
         decode_simcc,
         flip_merge,
         heatmap_loss,
