@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
-from torch import nn
-
-from kernelpose.models.decoders import build_decoder
+from kernelpose.models.heatmap_model import HeatmapModel
 from kernelpose.models.vit import PATCH_PADDING, VisionTransformer
 from kernelpose.models.zoo import register
 
@@ -25,16 +22,8 @@ ATTENTIONS = ("full", "window", "window+shift", "window+pool", "window+shift+poo
 # By default, by patch_stride.
 _WINDOWS = {16: (8, 6), 8: (8, 8)}
 
-# What `freeze` takes from the released code: the parts of a block, and for "mlp" also what comes
-# before the blocks.
-_FREEZE = {
-    "attention": (".attn.", ".norm1."),
-    "mlp": (".mlp.", ".norm2.", "patch_embed.", "pos_embed"),
-    "encoder": ("",),
-}
 
-
-class ViTPose(nn.Module):
+class ViTPose(HeatmapModel):
     """A plain vision transformer and a light decoder: one heatmap a keypoint.
 
     The state_dict has the names of the released code (backbone.patch_embed.proj, pos_embed,
@@ -64,6 +53,14 @@ class ViTPose(nn.Module):
     Raises ValueError, with the argument's name, for a value out of its range.
     """
 
+    # As in the released code: the norm before belongs to a part, and to "mlp" what comes before the
+    # blocks.
+    parts: ClassVar[Mapping[str, Sequence[str]]] = {
+        "attention": (".attn.", ".norm1."),
+        "mlp": (".mlp.", ".norm2.", "patch_embed.", "pos_embed"),
+        **HeatmapModel.parts,
+    }
+
     def __init__(
         self,
         *,
@@ -82,25 +79,15 @@ class ViTPose(nn.Module):
         drop_path: float = 0.0,
         layer_norm_eps: float = 1e-6,
     ) -> None:
-        super().__init__()
         if patch_stride not in PATCH_PADDING:
             raise ValueError(f"patch_stride is {patch_stride}; expected 16 or 8.")
-        if not _is_pair(image_size, patch_stride):
+        if not is_pair(image_size, patch_stride):
             raise ValueError(
                 f"image_size is {image_size}; expected (height, width) of at least {patch_stride}."
             )
         if not 0.0 <= drop_path < 1.0:
             raise ValueError(f"drop_path is {drop_path}; expected 0 <= drop_path < 1.")
-        if isinstance(num_keypoints, Mapping) and (
-            not num_keypoints or not all(map(_can_name_a_decoder, num_keypoints))
-        ):
-            raise ValueError(
-                f"num_keypoints is {dict(num_keypoints)}; expected at least one data set, its name "
-                "without a dot and no attribute of nn.ModuleDict."
-            )
-        self.num_keypoints = num_keypoints
-        self.image_size = tuple(image_size)
-        self.backbone = VisionTransformer(
+        backbone = VisionTransformer(
             dim=embed_dim,
             num_heads=num_heads,
             mlp_hidden=round(embed_dim * mlp_ratio),
@@ -115,95 +102,24 @@ class ViTPose(nn.Module):
             drop_path=drop_path,
             layer_norm_eps=layer_norm_eps,
         )
-        upsample = patch_stride // 4
-        self.heatmap_size = tuple(side * upsample for side in self.backbone.grid)
-
-        def head(keypoints: int) -> nn.Module:
-            return build_decoder(
-                decoder,
-                embed_dim,
-                keypoints,
-                upsample=upsample,
-                deconv_channels=deconv_channels,
-            )
-
-        if isinstance(num_keypoints, Mapping):
-            self.keypoint_heads = nn.ModuleDict({k: head(v) for k, v in num_keypoints.items()})
-        else:
-            self.keypoint_head = head(num_keypoints)
-
-    def forward(self, images: torch.Tensor, dataset: str | None = None) -> torch.Tensor:
-        """Heatmaps of normalised images.
-
-        Args:
-            images: (B, 3, H, W), the dtype of the weights (or any under autocast).
-            dataset: whose decoder to run, where the model has several.
-
-        Returns (B, K, H / 4, W / 4). Raises ValueError for another shape or data set.
-        """
-        least = self.backbone.patch_embed.stride
-        if images.dim() != 4 or images.shape[1] != 3 or min(images.shape[2:]) < least:
-            raise ValueError(
-                f"images has shape {tuple(images.shape)}; expected (B, 3, H, W), H, W >= {least}."
-            )
-        if not images.is_floating_point():
-            raise TypeError(f"images is {images.dtype}; expected normalised floating-point values.")
-        head = self._head(dataset)
-        heatmaps: torch.Tensor = head(self.backbone(images))
-        return heatmaps
-
-    def _head(self, dataset: str | None) -> nn.Module:
-        if isinstance(self.num_keypoints, Mapping):
-            if dataset is None or dataset not in self.num_keypoints:
-                names = ", ".join(self.num_keypoints)
-                raise ValueError(f"dataset is {dataset!r}; expected one of {names}.")
-            return self.keypoint_heads[dataset]
-        if dataset is not None:
-            raise ValueError(
-                f"dataset is {dataset!r}; expected None, as the model has one decoder."
-            )
-        return self.keypoint_head
-
-    def freeze(self, *parts: str) -> None:
-        """Takes parts of the encoder out of training.
-
-        Args:
-            parts: "attention" (attention and the norm before it), "mlp" (the MLPs, the norms
-                before them, patch embedding and positions, as in the released code) or "encoder"
-                (everything but the decoders).
-
-        Undone by `requires_grad_(True)`. Raises ValueError for another part.
-        """
-        for part in parts:
-            if part not in _FREEZE:
-                raise ValueError(f"parts hold {part!r}; expected some of {', '.join(_FREEZE)}.")
-        for name, parameter in self.backbone.named_parameters():
-            if any(pattern in name for part in parts for pattern in _FREEZE[part]):
-                parameter.requires_grad_(False)
-        self.train(self.training)
-
-    def train(self, mode: bool = True) -> ViTPose:
-        """As nn.Module, except that drop path does not disturb an encoder frozen as a whole."""
-        super().train(mode)
-        if not any(parameter.requires_grad for parameter in self.backbone.parameters()):
-            self.backbone.eval()
-        return self
+        super().__init__(
+            backbone,
+            channels=embed_dim,
+            grid=backbone.grid,
+            num_keypoints=num_keypoints,
+            image_size=image_size,
+            least_side=patch_stride,
+            upsample=patch_stride // 4,
+            decoder=decoder,
+            deconv_channels=deconv_channels,
+        )
 
 
-def _is_pair(value: object, least: int) -> bool:
+def is_pair(value: object, least: int) -> bool:
     return (
         isinstance(value, Sequence)
         and len(value) == 2
         and all(isinstance(side, int) and side >= least for side in value)
-    )
-
-
-def _can_name_a_decoder(name: object) -> bool:
-    return (
-        bool(name)
-        and isinstance(name, str)
-        and "." not in name
-        and not hasattr(nn.ModuleDict(), name)
     )
 
 
@@ -215,7 +131,7 @@ def layer_attentions(
         raise ValueError(f"attention is {attention!r}; expected one of {', '.join(ATTENTIONS)}.")
     if depth < 1:
         raise ValueError(f"depth is {depth}; expected at least 1.")
-    if window is not None and not _is_pair(window, 1):
+    if window is not None and not is_pair(window, 1):
         raise ValueError(f"window is {window!r}; expected (rows, columns) of at least 1.")
     if attention == "full":
         if window is not None:
