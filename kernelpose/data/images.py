@@ -36,7 +36,8 @@ def read_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
         if 0 in image.size:
             width, height = image.size
             raise UserError(f"{path} is a picture of {width}x{height}; expected one with pixels.")
-        return np.array(pillow("ImageOps").exif_transpose(image).convert("RGB"))
+        pillow("ImageOps").exif_transpose(image, in_place=True)
+        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 @contextmanager
