@@ -34,11 +34,14 @@ def native_shape(maps: Tensor) -> tuple[int | bool, ...]:
     return batch, channels, height * width, not maps.is_contiguous()
 
 
-def too_many_channels(backend: str, maps: Tensor) -> str | None:
-    """The objection to more channels than a GPU's grid has blocks for."""
+def too_large(backend: str, maps: Tensor) -> str | None:
+    """The objection to maps beyond a GPU's grid, or Triton's 32-bit places in an image."""
     if backend == "cpu" or torch.compiler.is_exporting():  # or sizes would get an upper bound
         return None
-    count = maps.shape[0] * maps.shape[1]
-    if count < 2**31:
-        return None
-    return f"it takes fewer than {2**31} channels of all images, and this has {count}"
+    limits = [("channels of all images", maps.shape[0] * maps.shape[1])]
+    if backend == "triton":
+        limits.append(("elements of an image", maps.shape[1] * maps.shape[2] * maps.shape[3]))
+    for what, count in limits:
+        if count >= 2**31:
+            return f"it takes fewer than {2**31} {what}, and this has {count}"
+    return None

@@ -15,7 +15,7 @@ from kernelpose.ops._maps import (
     memory_format,
     native_shape,
     statistics_dtype,
-    too_many_channels,
+    too_large,
 )
 from kernelpose.ops._register import is_plain, no_second_derivative, register
 from kernelpose.reference.grn import grn as reference
@@ -93,6 +93,11 @@ def _run_forward(
     out, norms = _outputs(x)
     if x.numel() == 0:
         return out, norms.zero_()
+    if backend == "triton":
+        from kernelpose.triton_kernels import grn as kernels
+
+        kernels.forward(x, gamma, beta, out, norms, eps)
+        return out, norms
     addresses = [_native.address(t) for t in (x, gamma, beta, out, norms)]
     shape, code = (*native_shape(x), eps), _native.DTYPE_CODES[x.dtype]
     _native.call("grn_forward", x, *addresses, shape, code)
@@ -110,9 +115,14 @@ def _run_backward(
     if x.numel() == 0:
         return grad_x, grad_gamma.zero_(), grad_beta.zero_()
     sums = norms.new_empty(3, *norms.shape)  # see csrc/cpu/grn.h
-    addresses = [_native.address(t) for t in (grad_out, x, gamma, norms, sums, grad_x)]
-    shape, code = (*native_shape(x), eps), _native.DTYPE_CODES[x.dtype]
-    _native.call("grn_backward", x, *addresses, shape, code)
+    if backend == "triton":
+        from kernelpose.triton_kernels import grn as kernels
+
+        kernels.backward(grad_out, x, gamma, norms, sums, grad_x, eps)
+    else:
+        addresses = [_native.address(t) for t in (grad_out, x, gamma, norms, sums, grad_x)]
+        shape, code = (*native_shape(x), eps), _native.DTYPE_CODES[x.dtype]
+        _native.call("grn_backward", x, *addresses, shape, code)
     torch.sum(sums[2], 0, out=grad_gamma)
     torch.sum(sums[1], 0, out=grad_beta)
     return grad_x, grad_gamma, grad_beta
@@ -159,12 +169,12 @@ _op = register(
 
 
 def _objection(backend: str, x: Tensor, *_: Any, **__: Any) -> str | None:
-    return too_many_channels(backend, x)
+    return too_large(backend, x)
 
 
 def _automatic(x: Tensor) -> tuple[str, ...]:
     """On a GPU nothing was measured yet; CUDA C++ stands first."""
-    return {"cuda": ("cuda",), "cpu": ("cpu",)}.get(x.device.type, ())
+    return {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}.get(x.device.type, ())
 
 
 def _example(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -181,6 +191,7 @@ register_backends(
         name="grn",
         dtypes={
             "cuda": _FLOATS,
+            "triton": _FLOATS,
             "cpu": (*_FLOATS, torch.float64),
             "eager": (*_FLOATS, torch.float64),
         },

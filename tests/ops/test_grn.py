@@ -18,7 +18,7 @@ from kernelpose.ops import grn
 from tests.ops import checks
 from tests.parity import assert_parity
 
-KERNELS = ("cpu", "cuda")
+KERNELS = ("cpu", "cuda", "triton")
 
 
 @dataclass(frozen=True)
@@ -254,21 +254,26 @@ def test_second_derivative_is_refused_and_eager_has_it(backend: str) -> None:
             assert torch.autograd.grad(first.square().sum(), x)[0].abs().max() > 0
 
 
-@pytest.mark.parametrize("backend", ["cuda"])
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("name", ["mitpose", "odd-tokens"])
 def test_side_stream_and_graph_capture(name: str, backend: str) -> None:
     checks.check_side_stream(CASES[name], backend)
     checks.check_graph_capture(CASES[name], backend)
 
 
-@pytest.mark.parametrize("backend", ["cuda"])
-def test_no_room_is_an_objection(backend: str) -> None:
-    x = torch.empty(2**16, 2**15, 1, 1, device="meta")
+@pytest.mark.parametrize(
+    ("backend", "shape", "what"),
+    [
+        ("cuda", (2**16, 2**15, 1, 1), "channels of all images"),
+        ("triton", (2**16, 2**15, 1, 1), "channels of all images"),
+        ("triton", (1, 2**11, 2**10, 2**10), "elements of an image"),
+    ],
+)
+def test_no_room_is_an_objection(backend: str, shape: tuple[int, ...], what: str) -> None:
+    x = torch.empty(shape, device="meta")
     reason = OPS["grn"].objection(backend, x)
-    assert (
-        reason == "it takes fewer than 2147483648 channels of all images, and this has 2147483648"
-    )
-    assert OPS["grn"].objection(backend, x[1:]) is None
+    assert reason == f"it takes fewer than {2**31} {what}, and this has {2**31}"
+    assert OPS["grn"].objection(backend, x[1:] if shape[0] > 1 else x[:, 1:]) is None
 
 
 ZEROS = torch.zeros(2, 8, 3, 4)

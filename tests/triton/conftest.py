@@ -26,6 +26,7 @@ with pytest.MonkeyPatch.context() as patch:
         decode_heatmap,
         decode_simcc,
         flip_merge,
+        grn,
         heatmap_loss,
         window_attention,
     )
