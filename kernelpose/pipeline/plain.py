@@ -135,6 +135,20 @@ def decode_transformers(heatmaps: Floats, *, kernel: int = 11) -> tuple[Floats, 
     return refined.reshape(locations.shape), scores
 
 
+def decode_shift(heatmaps: Floats) -> tuple[Floats, Floats]:
+    """Locations (N, K, 2) in heatmap pixels and scores (N, K), a shift a joint, as mmpose."""
+    height, width = heatmaps.shape[-2:]
+    locations, scores = _peaks(heatmaps)
+    for person, joint in np.ndindex(scores.shape):
+        heatmap, location = heatmaps[person, joint], locations[person, joint]
+        x, y = int(location[0]), int(location[1])
+        if 1 < x < width - 1 and 0 < y < height:
+            location[0] += 0.25 * np.sign(heatmap[y, x + 1] - heatmap[y, x - 1])
+        if 1 < y < height - 1 and 0 < x < width:
+            location[1] += 0.25 * np.sign(heatmap[y + 1, x] - heatmap[y - 1, x])
+    return locations, scores
+
+
 def decode_simcc(x: Floats, y: Floats, *, split_ratio: float = 2.0) -> tuple[Floats, Floats]:
     """Input pixels (N, K, 2) and scores (N, K) of logits (N, K, bins), a person at a time."""
     points, scores = [], []

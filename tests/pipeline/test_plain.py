@@ -24,7 +24,7 @@ def golden(shared: Path) -> Golden:
         return dict(file)
 
 
-@pytest.mark.parametrize("mode", ["mmpose1", "transformers"])
+@pytest.mark.parametrize("mode", ["mmpose1", "transformers", "shift"])
 def test_decoding(golden: Golden, mode: str) -> None:
     heatmaps = golden["heatmaps"]
     locations, scores = getattr(plain, f"decode_{mode}")(heatmaps)
