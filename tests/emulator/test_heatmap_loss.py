@@ -22,6 +22,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]  # by dtype code
 GRAD_LOSS = 512.0  # a scaler's
 
 NAMES = ("udp", "odd", "odd-msra", "odd-unbiased", "wide", "pixels-of-halves", "one-pixel")
+NAMES += ("crossing", "crossing-msra", "crossing-unbiased")
 MANY = replace(CASES["pixels-of-halves"], batch=400)  # more maps than the last sum has threads
 
 

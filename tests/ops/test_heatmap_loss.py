@@ -33,6 +33,7 @@ class Case:
     sigma: float = 2.0
     batch: int = 2
     joints: int = 9
+    crossing: bool = False
     op: str = "heatmap_loss"
 
     def inputs(self, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
@@ -45,7 +46,14 @@ class Case:
         return torch.float64 if dtype == torch.float64 else torch.float32
 
     def labels(self, device: Any) -> tuple[Tensor, Tensor]:
-        """Joints within the map, over its edges and outside, labelled or not, some of them NaN."""
+        """Joints within the map, over its edges and outside, labelled or not, some of them NaN;
+        or joints that cross the map, along x and then y, from outside to outside."""
+        if self.crossing:
+            keypoints = torch.full((self.batch, self.joints, 2), 16.0)
+            half = self.joints // 2
+            path = 2.0 * torch.arange(half) - 24  # half pixels of the map: where windows change
+            keypoints[:, :half, 0], keypoints[:, half:, 1] = path, path
+            return keypoints.to(device), torch.ones(self.batch, self.joints, device=device)
         generator = torch.Generator().manual_seed(1)
         edge = torch.tensor(self.input_size[::-1])
         keypoints = torch.rand(self.batch, self.joints, 2, generator=generator) * edge
@@ -76,6 +84,9 @@ CASES = {
     "odd-unbiased": Case((5, 3), (20, 11), "unbiased", sigma=2.6),
     "wide": Case((3, 150), (12, 600), sigma=3.2, batch=1),
     "small": Case((8, 8), (32, 32), sigma=1.0, joints=3),
+    "crossing": Case((9, 9), (33, 33), sigma=1.0, batch=1, joints=86, crossing=True),
+    "crossing-msra": Case((9, 9), (36, 36), "msra", 0.7, batch=1, joints=86, crossing=True),
+    "crossing-unbiased": Case((9, 9), (36, 36), "unbiased", 1.0, 1, joints=86, crossing=True),
     "pixels-of-halves": Case((2, 2), (8, 8), joints=4),
     "one-pixel": Case((1, 1), (4, 4), "msra", joints=2),
     "one-joint": Case((16, 12), (64, 48), batch=1, joints=1),
@@ -102,7 +113,10 @@ def _window(center: float, nearest: int, sigma: float) -> tuple[int, int, int]:
     return first, end, first + int((6 * sigma + 1) // 2)
 
 
-@pytest.mark.parametrize("name", ["small", "odd", "odd-msra", "odd-unbiased"])
+@pytest.mark.parametrize(
+    "name",
+    ["small", "odd", "odd-msra", "odd-unbiased", *(n for n in CASES if n.startswith("crossing"))],
+)
 def test_reference_is_its_definition(name: str) -> None:
     """Pixel by pixel in plain Python, from the papers' formulas."""
     case = CASES[name]
