@@ -17,6 +17,7 @@ from kernelpose.codecs import (
     encode_udp,
     heatmap_to_input,
 )
+from tests.ops import checks
 
 INPUT, HEATMAP = (256, 192), (64, 48)
 
@@ -48,12 +49,14 @@ def test_heatmap_targets(golden: dict[str, Tensor], name, encode, options) -> No
     assert torch.equal(weight, golden[f"{name}.weight"])
 
 
+@pytest.mark.parametrize("backend", ["cpu", "cuda", "triton", "eager"])
 @pytest.mark.parametrize(
     ("name", "mode"),
     [("udp_sigma2", "mmpose1"), ("msra_sigma2", "shift"), ("msra_unbiased_sigma2", "dark")],
 )
-def test_heatmap_decoding(golden: dict[str, Tensor], name: str, mode: str) -> None:
-    locations, scores = decode_heatmap(golden["heatmaps"], mode=mode)
+def test_heatmap_decoding(golden: dict[str, Tensor], name: str, mode: str, backend: str) -> None:
+    heatmaps = golden["heatmaps"].to(checks.device_for(backend))
+    locations, scores = (x.cpu() for x in decode_heatmap(heatmaps, mode=mode, backend=backend))
     udp = name.startswith("udp")
     points = heatmap_to_input(locations, INPUT, HEATMAP, udp=udp)
     if udp:  # mmpose's unit, which its own mapping to the image divides out again
