@@ -1,7 +1,7 @@
 // CPU kernels of spatial_gate. x, out and their gradients are dense, in the memory format that
 // shape.maps says; the rest is of the compute type, float32 or, for float64, float64: weight, bias
 // and their gradients (channels), statistics (batch, groups, 2): mean and reciprocal deviation.
-// scratch (2, batch, channels). See kernelpose/ops/spatial_gate.py.
+// scratch (2, batch, channels) or more. See kernelpose/ops/spatial_gate.py.
 #pragma once
 
 #include "isa.h"

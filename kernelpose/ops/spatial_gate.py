@@ -15,6 +15,8 @@ from kernelpose.ops._maps import check_maps, memory_format, native_shape, statis
 from kernelpose.ops._register import is_plain, no_second_derivative, register
 from kernelpose.reference.spatial_gate import spatial_gate as reference
 
+MAX_UNIT_CHANNELS = 8192  # kMaxUnitChannels of csrc/cuda/spatial_gate.h
+
 
 def spatial_gate(
     x: Tensor,
@@ -111,7 +113,7 @@ def _run_forward(
     out, statistics = _outputs(x, weight, bias, groups)
     if x.numel() == 0:
         return out, statistics.zero_()
-    scratch = statistics.new_empty(2, *x.shape[:2])
+    scratch = _scratch(x, statistics)
     addresses = [_native.address(t) for t in (x, weight, bias, out, statistics, scratch)]
     shape = (*native_shape(x), groups, _limit(threshold), eps)
     _native.call("spatial_gate_forward", x, *addresses, shape, _native.DTYPE_CODES[x.dtype])
@@ -136,12 +138,17 @@ def _run_backward(
     grad_x, grad_weight, grad_bias = gradients = _gradients(x, weight)
     if x.numel() == 0:
         return grad_x, grad_weight.zero_(), grad_bias.zero_()
-    scratch = statistics.new_empty(2, *x.shape[:2])
+    scratch = _scratch(x, statistics)
     tensors = (grad_out, x, weight, bias, statistics, *gradients, scratch)
     addresses = [_native.address(t) for t in tensors]
     shape = (*native_shape(x), groups, _limit(threshold), eps)
     _native.call("spatial_gate_backward", x, *addresses, shape, _native.DTYPE_CODES[x.dtype])
     return gradients
+
+
+def _scratch(x: Tensor, statistics: Tensor) -> Tensor:
+    """Two sums of each channel, and, for the CUDA kernels, a number for each group at most."""
+    return statistics.new_empty(2 * x.shape[0] * x.shape[1] + statistics.numel() // 2)
 
 
 def _outputs(
@@ -188,12 +195,26 @@ _op = register(
 )
 
 
-def _objection(backend: str, x: Tensor, *_: Any, **__: Any) -> str | None:
+def _objection(backend: str, x: Tensor, *_: Any, groups: int, **__: Any) -> str | None:
+    if backend == "cpu" or torch.compiler.is_exporting():  # or sizes would get an upper bound
+        return None
+    batch, channels, height, width = x.shape
+    unit = channels if groups % 2 else 2 * channels // groups
+    limits = [
+        ("channels of all images", batch * channels, 2**31),
+        ("elements of an image", channels * height * width, 2**31),
+    ]
+    if backend == "cuda":  # sums over a unit are in shared memory
+        limits.append(("channels of a pair of groups", unit, MAX_UNIT_CHANNELS + 1))
+    for what, count, limit in limits:
+        if count >= limit:
+            return f"it takes fewer than {limit} {what}, and this has {count}"
     return None
 
 
 def _automatic(x: Tensor) -> tuple[str, ...]:
-    return {"cpu": ("cpu",)}.get(x.device.type, ())
+    """On a GPU nothing was measured yet; CUDA C++ stands first."""
+    return {"cuda": ("cuda",), "cpu": ("cpu",)}.get(x.device.type, ())
 
 
 def _example(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -204,12 +225,16 @@ def _example(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...],
     return (x, weight, torch.empty_like(weight)), {"groups": 4}
 
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 register_backends(
     OpSpec(
         name="spatial_gate",
-        dtypes={"cpu": _FLOATS, "eager": _FLOATS},
+        dtypes={
+            "cuda": _FLOATS,
+            "cpu": (*_FLOATS, torch.float64),
+            "eager": (*_FLOATS, torch.float64),
+        },
         directions="fwd+bwd",
         automatic=_automatic,
         objection=_objection,

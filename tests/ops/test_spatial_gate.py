@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import kernelpose
+from kernelpose.backend import OPS
 from kernelpose.ops import spatial_gate
 from tests.ops import checks
 from tests.parity import assert_parity
 
-KERNELS = ("cpu",)
+KERNELS = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -397,12 +397,32 @@ def test_errors_name_the_argument(
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
 
 
+@pytest.mark.parametrize(
+    ("shape", "groups", "text"),
+    [
+        ((2**20, 2048, 1, 1), 4, "channels of all images, and this has 2147483648"),
+        ((1, 2, 2**15, 2**15), 2, "elements of an image, and this has 2147483648"),
+        ((1, 16386, 1, 1), 1, "fewer than 8193 channels of a pair of groups, and this has 16386"),
+    ],
+)
+def test_no_room_is_an_objection(shape: tuple[int, ...], groups: int, text: str) -> None:
+    x = torch.empty(shape, device="meta")
+    reason = OPS["spatial_gate"].objection("cuda", x, x[0, :, 0, 0], x[0, :, 0, 0], groups=groups)
+    assert reason is not None and text in reason
+
+
+@pytest.mark.parametrize("backend", ["cuda"])
+@pytest.mark.parametrize("name", ["mitpose", "mitpose-tokens"])
+def test_side_stream_and_graph_capture(name: str, backend: str) -> None:
+    checks.check_side_stream(CASES[name], backend)
+    checks.check_graph_capture(CASES[name], backend)
+
+
 def test_weights_without_a_sum_are_not_a_number() -> None:
     """As in plain PyTorch: shares of nothing."""
     x = CASES["small"].inputs(torch.float32)[0].detach()
-    for backend in (*KERNELS, "eager"):
-        with kernelpose.backend(backend):
-            assert spatial_gate(x, EIGHT, EIGHT, groups=4).isnan().all()
+    for backend in ("cpu", "eager"):
+        assert spatial_gate(x, EIGHT, EIGHT, groups=4, backend=backend).isnan().all()
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
