@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kernelpose.data.boxes import box_to_center_scale, warp_matrix
@@ -50,6 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image", metavar="FILE", type=Path, help="a photograph; else a figure that is drawn"
     )
     parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], default=None,
+        help="of the model and its crops, in both paths (default: bfloat16 on a GPU, else float32)",
+    )  # fmt: skip
+    parser.add_argument(
         "--budget", metavar="SECONDS", type=float, default=30.0,
         help="when no new round starts for a number of persons (default: %(default)g)",
     )  # fmt: skip
@@ -69,11 +74,14 @@ def run(args: argparse.Namespace) -> int:
         boxes = {count: _boxes(path, count) for count in args.persons}
         make_directory(args.out)
         model = load_model(args.model, None)
+        usual = torch.bfloat16 if next(model.parameters()).is_cuda else torch.float32
+        dtype = usual if args.dtype is None else getattr(torch, args.dtype)
+        model = model.to(dtype)
         for count in boxes:
             table[count] = _measure(model, path, boxes[count], args.budget)
             print(_lines(count, table[count]), flush=True)
     where = machine(next(model.parameters()).device)
-    caption = f"{args.model}, flip test, medians of interleaved runs; {where}"
+    caption = f"{args.model}, {str(dtype)[6:]}, flip test, medians of interleaved runs; {where}"
     print(caption)
     chart, figures = args.out / "pipeline.png", args.out / "pipeline.json"
     draw_stacks(
@@ -83,7 +91,10 @@ def run(args: argparse.Namespace) -> int:
         caption,
         without="forward",
     )
-    write_json(figures, {"machine": where, "model": args.model, "seconds": table})
+    write_json(
+        figures,
+        {"machine": where, "model": args.model, "dtype": str(dtype)[6:], "seconds": table},
+    )
     print(f"chart:   {chart}\nfigures: {figures}")
     return 0
 
@@ -124,14 +135,17 @@ class _Clock:
 
 
 def _ours(model: nn.Module, path: Path, boxes: Tensor) -> Times:
-    device, size = next(model.parameters()).device, _input_size(model)
+    weight, size = next(model.parameters()), _input_size(model)
+    device, dtype = weight.device, weight.dtype
     clock = _Clock()
     image = torch.from_numpy(read_image(path))
     clock("decode image")
     image = image.to(device)
     for part in boxes.split(persons_a_pass(model)):
         index = torch.zeros(len(part), dtype=torch.int64, device=device)
-        crops, centers, scales = crop_normalize([image], part.to(device), index, size=size)
+        crops, centers, scales = crop_normalize(
+            [image], part.to(device), index, size=size, dtype=dtype
+        )
         clock("crop")
         heatmaps, flipped = model(torch.cat((crops, crops.flip(-1)))).split(len(crops))
         clock("forward")
@@ -144,7 +158,7 @@ def _ours(model: nn.Module, path: Path, boxes: Tensor) -> Times:
 
 
 def _plainly(model: nn.Module, path: Path, boxes: Tensor) -> Times:
-    device, size = next(model.parameters()).device, _input_size(model)
+    weight, size = next(model.parameters()), _input_size(model)
     clock = _Clock()
     image = plain.read_image(path)
     clock("decode image")
@@ -152,17 +166,21 @@ def _plainly(model: nn.Module, path: Path, boxes: Tensor) -> Times:
         center, scale = box_to_center_scale(part, size)
         matrices = warp_matrix(center, scale, size).numpy()
         pixels = plain.crop_and_normalize(image, matrices, size, IMAGENET_MEAN, IMAGENET_STD)
-        crops = torch.from_numpy(pixels).to(device)
+        crops = torch.from_numpy(pixels).to(weight.device, weight.dtype)
         clock("crop")
         heatmaps, flipped = model(crops), model(crops.flip(-1))
         clock("forward")
-        merged = plain.flip_merge(heatmaps.cpu().numpy(), flipped.cpu().numpy(), COCO.flip_pairs)
+        merged = plain.flip_merge(_numpy(heatmaps), _numpy(flipped), COCO.flip_pairs)
         clock("flip")
         locations, _ = plain.decode_mmpose1(merged)
         heatmap_size = (merged.shape[2], merged.shape[3])
         plain.to_image(locations, center.numpy(), scale.numpy(), heatmap_size)
         clock("decode")
     return clock.times
+
+
+def _numpy(heatmaps: Tensor) -> NDArray[Any]:
+    return heatmaps.cpu().float().numpy()
 
 
 def _input_size(model: nn.Module) -> tuple[int, int]:

@@ -20,14 +20,17 @@ from kernelpose.pipeline.bench import STAGES
 
 
 @pytest.mark.usefixtures("tiny_vitpose")
-def test_table_chart_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--persons", "1", "3", "--budget", "0", "--out", str(tmp_path)]
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_table_chart_and_figures(
+    dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--persons", "1", "3", "--budget", "0", "--dtype", dtype, "--out", str(tmp_path)]
     assert main(["bench", "pipeline", *arguments]) == 0
     output = capsys.readouterr().out
     for heading in ("1 person, ms", "3 persons, ms", *STAGES, "all but forward"):
         assert f"\n{heading} " in output
     figures = json.loads((tmp_path / "pipeline.json").read_text())
-    assert figures["model"] == "vitpose-b"
+    assert (figures["model"], figures["dtype"]) == ("vitpose-b", dtype)
     assert list(figures["seconds"]) == ["1", "3"]
     for paths in figures["seconds"].values():
         assert set(paths) == {"plain", "kernelpose"}
