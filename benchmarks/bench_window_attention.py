@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import time
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from benchmarks.attention import Case
+from benchmarks.both_ways import CompareBothWays
 from benchmarks.report import Report
-from benchmarks.rows import Function, Row, fit_l2, rotate, time_backward, time_forward
-from benchmarks.setup import compiled, parameters
+from benchmarks.setup import parameters
 from benchmarks.timing import Times
-from kernelpose.backend import BACKENDS, choose, why_not
-from kernelpose.pipeline.timing import synchronized
-from tests.parity import assert_parity
 
 CASES = {
     "vitpose-s shifted 8x8": (Case((32, 24), 384, 12, (8, 8), (4, 4)), (1,)),
@@ -41,60 +35,18 @@ def bench_window_attention(
     batch: int,
     dtype: torch.dtype,
     device: torch.device,
-    compiles: bool,
-    record: Callable[[Row], None],
-    benchmark: Any,
-    request: pytest.FixtureRequest,
+    compare_both_ways: CompareBothWays,
 ) -> None:
     def inputs() -> list[Tensor]:
-        shape = (batch, *case.size, 3 * case.channels)
-        return [torch.randn(shape, device=device, dtype=dtype).requires_grad_()]
+        return [torch.randn(batch, *case.size, 3 * case.channels, device=device, dtype=dtype)]
 
-    torch.manual_seed(0)
-    sets = rotate(inputs, device)
-    args, options = case.arguments(sets[0][0].detach())
-    chosen = choose("window_attention", None, *args, **options)
-    ours = [
-        name
-        for name in BACKENDS
-        if name not in ("eager", "torch")
-        and not why_not("window_attention", name, *args, **options)
-    ]
-    contenders: dict[str, Function] = {name: case.ours(name) for name in ours}
-    if chosen not in contenders:
-        contenders[chosen] = case.ours(chosen)
-    _check_parity(case, contenders, sets[0][0])
-    contenders |= {"eager": case.eager, "sdpa": case.peer(device, dtype)}
-    if compiles:
-        contenders |= compiled({"compile": case.eager, "compile sdpa": case.peer(device, dtype)})
-    title, mine = request.node.callspec.id, tuple({*ours, chosen})
-    for direction in ("forward", "backward"):
-        backward = direction == "backward"
-        times = (time_backward if backward else time_forward)(contenders, sets, device)
-        least = case.least(batch, backward, dtype.itemsize)
-        row = Row(
-            "window_attention", title, direction, str(dtype)[6:], times, mine, chosen, *least,
-            inputs_in_l2=fit_l2(sets, device),
-        )  # fmt: skip
-        record(row)
-    call = functools.partial(contenders[chosen], sets[0][0].detach())
-    with torch.no_grad():
-        benchmark(synchronized(call))
-
-
-def _check_parity(case: Case, contenders: dict[str, Function], qkv: Tensor) -> None:
-    """No speed is printed for a wrong result."""
-    wide = qkv.detach()[:2].double().requires_grad_()
-    narrow = qkv.detach()[:2].requires_grad_()
-    exact, eager = case.eager(wide), case.eager(narrow)
-    grad = torch.randn_like(eager)
-    exact_grad = torch.autograd.grad(exact, wide, grad.double())[0]
-    eager_grad = torch.autograd.grad(eager, narrow, grad)[0]
-    for name, run in contenders.items():
-        output = run(narrow)
-        assert_parity(output, eager, exact, f"{name} forward")
-        got = torch.autograd.grad(output, narrow, grad)[0]
-        assert_parity(got, eager_grad, exact_grad, f"{name} backward")
+    compare_both_ways(
+        "window_attention",
+        inputs,
+        case.arguments(inputs()[0])[1],
+        lambda backward: case.least(batch, backward, dtype.itemsize),
+        {"sdpa": case.peer(device, dtype)},
+    )
 
 
 def bench_interleaved_with_torch_ops(device: torch.device, report: Report) -> None:

@@ -9,6 +9,7 @@ import cv2
 import pytest
 import torch
 
+from benchmarks.both_ways import compare_both_ways  # noqa: F401  # a fixture
 from benchmarks.forward import compare  # noqa: F401  # a fixture
 from benchmarks.report import Report
 from benchmarks.rows import Row

@@ -1,0 +1,90 @@
+"""An op with gradient against eager, compiled eager and its peers, forward and backward."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.rows import Function, Row, fit_l2, rotate, time_backward, time_forward
+from benchmarks.setup import compiled
+from kernelpose import ops
+from kernelpose.backend import BACKENDS, choose, why_not
+from kernelpose.pipeline.timing import synchronized
+from tests.parity import assert_parity
+
+CompareBothWays = Callable[..., None]
+
+
+@pytest.fixture
+def compare_both_ways(
+    device: torch.device,
+    compiles: bool,
+    record: Callable[[Row], None],
+    benchmark: Any,
+    request: pytest.FixtureRequest,
+) -> CompareBothWays:
+    """compare_both_ways(op, inputs, options, least, peers={}): times one case in both directions.
+
+    op: its name; called as op(*inputs(), **options, backend=...). inputs: makes a fresh list of
+    tensors, the main one first, which all have a gradient. least(backward) gives (bytes, FLOPs or
+    None), the least that a direction takes. peers: what others would call with the same tensors.
+    """
+
+    def run(
+        op: str,
+        inputs: Callable[[], list[Tensor]],
+        options: Mapping[str, Any],
+        least: Callable[[bool], tuple[int, int | None]],
+        peers: Mapping[str, Function] | None = None,
+    ) -> None:
+        torch.manual_seed(0)
+        sets = rotate(lambda: [x.requires_grad_() for x in inputs()], device)
+        plain = [x.detach() for x in sets[0]]
+        chosen = choose(op, None, *plain, **options)
+        names = [b for b in BACKENDS if b not in ("eager", "torch")]
+        ours = {b for b in names if not why_not(op, b, *plain, **options)} | {chosen}
+        functions: dict[str, Function] = {
+            name: functools.partial(getattr(ops, op), **options, backend=name)
+            for name in sorted(ours | {"eager"})
+        }
+        _check_parity(functions, plain)
+        others = {"eager": functions["eager"], **(peers or {})}
+        contenders = functions | others
+        if compiles:
+            titles = ("compile" if n == "eager" else f"compile {n}" for n in others)
+            contenders |= compiled(dict(zip(titles, others.values(), strict=True)))
+        title, dtype = request.node.callspec.id, str(plain[0].dtype).removeprefix("torch.")
+        for direction, timer in (("forward", time_forward), ("backward", time_backward)):
+            row = Row(
+                op, title, direction, dtype, timer(contenders, sets, device),
+                tuple(ours - {"eager"}), chosen, *least(direction == "backward"),
+                inputs_in_l2=fit_l2(sets, device),
+            )  # fmt: skip
+            record(row)
+        with torch.no_grad():
+            benchmark(synchronized(functools.partial(contenders[chosen], *plain)))
+
+    return run
+
+
+def _check_parity(functions: Mapping[str, Function], inputs: list[Tensor]) -> None:
+    """No speed is printed for a wrong result."""
+
+    def both(function: Function, tensors: list[Tensor], grad: Tensor) -> list[Tensor]:
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        output = function(*leaves)
+        return [output.detach(), *torch.autograd.grad(output, leaves, grad.to(output))]
+
+    grad = torch.randn_like(functions["eager"](*inputs))
+    eager = both(functions["eager"], inputs, grad)
+    exact = both(functions["eager"], [t.double() for t in inputs], grad)
+    what = ["output", *(f"gradient of input {i}" for i in range(len(inputs)))]
+    for name, function in functions.items():
+        got = both(function, inputs, grad)
+        for which, ours, same, ideal in zip(what, got, eager, exact, strict=True):
+            assert_parity(ours, same, ideal, f"{name}, {which}", inputs[0].dtype)
