@@ -12,9 +12,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from kernelpose.triton_kernels import maps
+from torch import Tensor
 
 OPTIONS = {"num_warps": 8}
 REGISTERS = 80  # a thread at most, on either architecture

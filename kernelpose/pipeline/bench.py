@@ -32,6 +32,7 @@ from kernelpose.pipeline import plain
 from kernelpose.pipeline.chart import draw_stacks
 from kernelpose.pipeline.command import add_model_argument, add_out_argument
 from kernelpose.pipeline.model import load_model, persons_a_pass
+from kernelpose.pipeline.predictor import run_mirrored
 from kernelpose.pipeline.timing import interleaved, machine
 
 STAGES = ("decode image", "crop", "forward", "flip", "decode")
@@ -147,7 +148,7 @@ def _ours(model: nn.Module, path: Path, boxes: Tensor) -> Times:
             [image], part.to(device), index, size=size, dtype=dtype
         )
         clock("crop")
-        heatmaps, flipped = model(torch.cat((crops, crops.flip(-1)))).split(len(crops))
+        heatmaps, flipped = run_mirrored(model, crops)
         clock("forward")
         heatmaps = flip_merge(heatmaps, flipped, COCO.flip_pairs)
         clock("flip")

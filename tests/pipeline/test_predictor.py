@@ -71,10 +71,14 @@ def test_batches_span_images_and_change_nothing(mosaic, pictures, batch_size: in
             assert found.scores.untyped_storage().nbytes() == found.scores.nbytes
 
 
-def test_a_flip_test_is_one_pass(mosaic, pictures) -> None:
+@pytest.mark.parametrize(("device", "batches"), [("cpu", [4, 4, 1, 1]), ("cuda", [8, 2])])
+def test_a_flip_test_is_one_pass_on_a_gpu(device, batches, mosaic, pictures) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU on this machine")
     boxes = [[0, 0, 20, 30 + n] for n in range(5)]
-    Predictor(mosaic, batch_size=4)(pictures(1)[0], boxes)
-    assert mosaic.batches == [8, 2]
+    predictor = Predictor(mosaic, batch_size=4, device=device, cuda_graph=False)
+    predictor(pictures(1)[0], boxes)
+    assert predictor.model.batches == batches
 
 
 def test_an_image_is_done_as_soon_as_its_batch_is(mosaic, pictures) -> None:
