@@ -1,8 +1,8 @@
-"""The plain vision transformer that ViTPose uses as its encoder."""
+"""The plain vision transformer that ViTPose and MiTPOSE use as their encoder."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,21 +74,39 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """x += attn(norm1(x)); x += mlp(norm2(x)), over a token map (B, rows, columns, C)."""
+    """x += attn(norm1(x)); x += local(norm1(x)), if any; x += mlp(norm2(x)).
+
+    x is a token map (B, rows, columns, C); `local` takes and gives a (B, C, rows, columns) view.
+    """
 
     def __init__(
-        self, attn: nn.Module, dim: int, hidden: int, drop_path: float, layer_norm_eps: float
+        self,
+        attn: nn.Module,
+        dim: int,
+        hidden: int,
+        drop_path: float,
+        layer_norm_eps: float,
+        local: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=layer_norm_eps)
         self.attn = attn
+        self.local = local
         self.drop_path = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(dim, eps=layer_norm_eps)
         self.mlp = Mlp(dim, hidden)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x)))
+        if self.local is not None:
+            x = x + self.drop_path(on_map(self.local, self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def on_map(module: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """A module of (B, C, rows, columns) on tokens (B, rows, columns, C), without a copy."""
+    y: torch.Tensor = module(tokens.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return y
 
 
 class VisionTransformer(nn.Module):
@@ -111,6 +129,8 @@ class VisionTransformer(nn.Module):
         mlp_hidden: width of the hidden layer of the MLPs.
         attentions: arguments of each layer's `WindowAttention` beyond dim and num_heads.
         drop_path: rate of the last layer; the first has 0, linear in between.
+        refine: a module of maps (B, C, rows, columns), added to the patch embedding's output.
+        local: makes a module of such maps for a block, see `Block`.
 
     forward: (B, 3, H, W) -> (B, C, rows, columns), a view of the (B, rows, columns, C) token map,
     hence in channels_last memory.
@@ -129,9 +149,12 @@ class VisionTransformer(nn.Module):
         attentions: list[dict[str, Any]],
         drop_path: float,
         layer_norm_eps: float,
+        refine: nn.Module | None = None,
+        local: Callable[[], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.patch_embed = PatchEmbed(dim, patch_stride)
+        self.refine = refine
         self.grid = self.patch_embed.grid(image_size)
         self.pos_embed = nn.Parameter(torch.empty(1, self.grid[0] * self.grid[1] + 1, dim))
         self.register_buffer("pos_grid", torch.tensor(self.grid))
@@ -147,6 +170,7 @@ class VisionTransformer(nn.Module):
                 mlp_hidden,
                 drop_path * layer / last,
                 layer_norm_eps,
+                None if local is None else local(),
             )
             for layer, arguments in enumerate(attentions)
         )
@@ -165,6 +189,8 @@ class VisionTransformer(nn.Module):
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         x = self.patch_embed(image)
+        if self.refine is not None:
+            x = x + on_map(self.refine, x)
         x = x + self.positions((x.shape[1], x.shape[2]))
         for block in self.blocks:
             x = block(x)
