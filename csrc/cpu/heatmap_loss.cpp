@@ -2,6 +2,7 @@
 // subtracts their product. The map of a joint of weight 0 is not read.
 #include "heatmap_loss.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <memory>
@@ -13,18 +14,25 @@
 namespace kernelpose::cpu::KP_ISA {
 namespace {
 
+constexpr int kBand = 32;  // rows
+
+// The first `count` lanes of a vector; the others are 0.
 template <class Element>
-inline Vector<Compute<Element>> load_elements(const Element* from, int count) {
-  alignas(kVectorBytes) Compute<Element> lanes[kWidth<Compute<Element>>] = {};
-  read_row(from, count, Compute<Element>(1), lanes);
+inline Vector<Compute<Element>> load_part(const Element* from, int count) {
+  using T = Compute<Element>;
+  if (count == kWidth<T>) return load_elements(from);
+  alignas(kVectorBytes) T lanes[kWidth<T>] = {};
+  read_row(from, count, T(1), lanes);
   return load(lanes);
 }
 
 template <class Element>
-inline void store_elements(Vector<Compute<Element>> values, int count, Element* to) {
-  alignas(kVectorBytes) Compute<Element> lanes[kWidth<Compute<Element>>];
+inline void store_part(Element* to, Vector<Compute<Element>> values, int count) {
+  using T = Compute<Element>;
+  if (count == kWidth<T>) return store_elements(to, values);
+  alignas(kVectorBytes) T lanes[kWidth<T>];
   store(lanes, values);
-  write_row(lanes, count, Compute<Element>(1), to);
+  write_row(lanes, count, T(1), to);
 }
 
 // Calls visit(x, count) for the vectors of a row; count is a constant for all but the last.
@@ -58,18 +66,22 @@ struct Row {
   Vector<T> target(int x) const { return peak * load(profile + x); }
 };
 
-// Sum of (map - target)^2.
+// Sum of (map - target)^2; in double from one band of rows to the next, or large maps lose digits.
 template <class Element, class T = Compute<Element>>
-T squared_error(const Element* map, const T* columns, const T* rows, int height, int width) {
-  Vector<T> sums[2] = {};
-  for (int y = 0; y < height; ++y, map += width) {
-    const Row<T> row = {rows[y], columns};
-    for_vectors<T>(width, [&](int x, int count) {
-      const Vector<T> difference = load_elements(map + x, count) - row.target(x);
-      sums[y & 1] += difference * difference;
-    });
+double squared_error(const Element* map, const T* columns, const T* rows, int height, int width) {
+  double sum = 0;
+  for (int y = 0; y < height;) {
+    Vector<T> sums[2] = {};
+    for (const int end = std::min(height, y + kBand); y < end; ++y, map += width) {
+      const Row<T> row = {rows[y], columns};
+      for_vectors<T>(width, [&](int x, int count) {
+        const Vector<T> difference = load_part(map + x, count) - row.target(x);
+        sums[y & 1] += difference * difference;
+      });
+    }
+    sum += double(reduce_sum<T>(sums[0] + sums[1]));
   }
-  return reduce_sum<T>(sums[0] + sums[1]);
+  return sum;
 }
 
 // gradient = factor * (map - target)
@@ -79,8 +91,8 @@ void scaled_difference(const Element* map, const T* columns, const T* rows, T fa
   for (int y = 0; y < height; ++y, map += width, gradient += width) {
     const Row<T> row = {rows[y], columns};
     for_vectors<T>(width, [&](int x, int count) {
-      const Vector<T> difference = load_elements(map + x, count) - row.target(x);
-      store_elements(factor * difference, count, gradient + x);
+      const Vector<T> difference = load_part(map + x, count) - row.target(x);
+      store_part(gradient + x, factor * difference, count);
     });
   }
 }
@@ -131,8 +143,8 @@ bool forward(const void* pred, const void* keypoints, const void* visible, void*
     if (joint.weight == 0) return;
     const Element* map = static_cast<const Element*>(pred) + i * shape.map_elements();
     const bool ran = joints.with_profiles(joint, [&](const T* columns, const T* rows) {
-      const T sum = squared_error(map, columns, rows, shape.height, shape.width);
-      sums[i] = double(joint.weight) * double(sum);
+      const double sum = squared_error(map, columns, rows, shape.height, shape.width);
+      sums[i] = double(joint.weight) * sum;
     });
     if (!ran) enough_memory = false;
   });
@@ -149,6 +161,7 @@ bool backward(const void* grad_loss, const void* pred, const void* keypoints, co
   const Joints<T> joints(keypoints, visible, shape);
   const double scale = 2 * double(*static_cast<const T*>(grad_loss)) /
                        (double(shape.maps) * double(shape.map_elements()));
+  prefer_huge_pages(grad_pred, shape.maps * shape.map_elements() * sizeof(Element));
   std::atomic<bool> enough_memory{true};
   parallel_for(shape.maps, threads, [&](int64_t i) {
     const Joint<T> joint = joints.at(i);

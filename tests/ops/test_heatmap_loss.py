@@ -107,6 +107,12 @@ def test_parity(case: Case, backend: str, dtype: torch.dtype, poisoned: None) ->
     assert torch.autograd.grad(loss, pred)[0].shape == pred[0].shape
 
 
+@pytest.mark.parametrize("backend", KERNELS)
+def test_large_maps_lose_no_digits(backend: str) -> None:
+    """A million squares, too many for one running sum in float32."""
+    checks.check_parity(Case((1024, 1024), (4096, 4096), batch=1, joints=2), backend, torch.float32)
+
+
 def _window(center: float, nearest: int, sigma: float) -> tuple[int, int, int]:
     """First pixel, end, and the pixel that the Gaussian is centred on before it is shifted."""
     first, end = math.trunc(nearest - 3 * sigma), math.trunc(nearest + 3 * sigma + 1)
