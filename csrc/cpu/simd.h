@@ -130,6 +130,14 @@ inline DoubleVector power_of_two(DoubleVector x) {
   return y;
 }
 
+// 1 / (1 + e^-t), without overflow and with NaN kept.
+template <class V>
+inline V sigmoid(V t) {
+  const V e = power_of_two((t < 0 ? t : -t) * static_cast<decltype(t[0] + 0)>(kLog2E));
+  const V one = V{} + 1;
+  return (t < 0 ? e : one) / (one + e);
+}
+
 inline float logarithm2(float x) { return __builtin_log2f(x); }
 inline double logarithm2(double x) { return __builtin_log2(x); }
 

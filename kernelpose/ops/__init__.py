@@ -3,6 +3,7 @@
 from kernelpose.ops.crop_normalize import crop_normalize
 from kernelpose.ops.decode_heatmap import decode_heatmap
 from kernelpose.ops.decode_simcc import decode_simcc
+from kernelpose.ops.dual_gate import dual_gate
 from kernelpose.ops.flip_merge import flip_merge
 from kernelpose.ops.grn import grn
 from kernelpose.ops.heatmap_loss import heatmap_loss
@@ -13,6 +14,7 @@ __all__ = [
     "crop_normalize",
     "decode_heatmap",
     "decode_simcc",
+    "dual_gate",
     "flip_merge",
     "grn",
     "heatmap_loss",

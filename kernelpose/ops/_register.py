@@ -7,6 +7,7 @@ through.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -69,6 +70,14 @@ def autocast(tensor: Tensor) -> Tensor:
     if device == "meta" or not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(torch.get_autocast_dtype(device))
+
+
+def no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Around plain PyTorch that computes in the dtype of its inputs whatever autocast says."""
+    device = tensor.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
