@@ -139,7 +139,7 @@ template <class T>
 inline void sigmoids(const T* from, int64_t count, T* to) {
   int64_t i = 0;
   for (; i + kWidth<T> <= count; i += kWidth<T>) store(to + i, sigmoid(load(from + i)));
-  for (; i < count; ++i) to[i] = sigmoid(broadcast(from[i]))[0];
+  for (; i < count; ++i) to[i] = sigmoid(from[i]);
 }
 
 // A vector of numbers, or one of them.

@@ -137,6 +137,8 @@ inline V sigmoid(V t) {
   const V one = V{} + 1;
   return (t < 0 ? e : one) / (one + e);
 }
+inline float sigmoid(float t) { return sigmoid(broadcast(t))[0]; }
+inline double sigmoid(double t) { return sigmoid(broadcast(t))[0]; }
 
 inline float logarithm2(float x) { return __builtin_log2f(x); }
 inline double logarithm2(double x) { return __builtin_log2(x); }

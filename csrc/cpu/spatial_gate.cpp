@@ -10,17 +10,6 @@
 namespace kernelpose::cpu::KP_ISA {
 namespace {
 
-template <class V>
-inline V vector_sigmoid(V t) {
-  const V e = power_of_two((t < 0 ? t : -t) * static_cast<decltype(t[0] + 0)>(kLog2E));
-  const V one = V{} + 1;
-  return (t < 0 ? e : one) / (one + e);
-}
-inline FloatVector sigmoid(FloatVector t) { return vector_sigmoid(t); }
-inline DoubleVector sigmoid(DoubleVector t) { return vector_sigmoid(t); }
-inline float sigmoid(float t) { return vector_sigmoid(broadcast(t))[0]; }
-inline double sigmoid(double t) { return vector_sigmoid(broadcast(t))[0]; }
-
 // t = (x - mean) scale + offset for the channels of a block, [1] for their partners.
 template <class T>
 struct GateFactors {
