@@ -1,6 +1,8 @@
 """Drop-in modules: constructor, parameter names and state_dict of the eager modules."""
 
 from kernelpose.nn.grn import GRN
+from kernelpose.nn.local_perception import LocalPerception
+from kernelpose.nn.multi_scale import MultiScaleModule
 from kernelpose.nn.window_attention import WindowAttention
 
-__all__ = ["GRN", "WindowAttention"]
+__all__ = ["GRN", "LocalPerception", "MultiScaleModule", "WindowAttention"]

@@ -7,6 +7,7 @@ from kernelpose.ops.dual_gate import dual_gate
 from kernelpose.ops.flip_merge import flip_merge
 from kernelpose.ops.grn import grn
 from kernelpose.ops.heatmap_loss import heatmap_loss
+from kernelpose.ops.multi_granularity import multi_granularity
 from kernelpose.ops.spatial_gate import spatial_gate
 from kernelpose.ops.window_attention import window_attention
 
@@ -18,6 +19,7 @@ __all__ = [
     "flip_merge",
     "grn",
     "heatmap_loss",
+    "multi_granularity",
     "spatial_gate",
     "window_attention",
 ]

@@ -162,14 +162,14 @@ def _gradients(grad_out: Tensor, y: Tensor, *tensors: Any) -> tuple[Tensor, ...]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, output[1])
+    y, reduce_weight, expand_weight, spatial_weight, *ctx.arguments = inputs
+    ctx.save_for_backward(y, reduce_weight, expand_weight, spatial_weight, output[1])
 
 
 def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     tensors = (grad_out, *ctx.saved_tensors)
     run = _run_backward if is_plain(*tensors) else _op_backward
-    return *run(*tensors, ctx.backend), None
+    return *run(*tensors, *ctx.arguments), None
 
 
 _op_backward = register(
