@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from kernelpose import ops
-from kernelpose.nn.multi_scale import ChannelAttention, SpatialAttention
+from kernelpose.nn.multi_scale import ChannelAttention, SpatialAttention, bias_of
 
 
 class LocalPerception(nn.Module):
@@ -43,9 +43,9 @@ class LocalPerception(nn.Module):
         y = ops.multi_granularity(
             x,
             [branch.weight for branch in branches],
-            [branch.bias for branch in branches],
+            [bias_of(branch) for branch in branches],
             self.conv_1x1_final1.weight,
-            self.conv_1x1_final1.bias,
+            bias_of(self.conv_1x1_final1),
             groups=self.groups,
         )
         weights = (self.CA.fc1.weight, self.CA.fc2.weight, self.SA.conv1.weight)

@@ -137,13 +137,13 @@ class MultiScaleModule(nn.Module):
             layer.weight.to(dtype)[:, :, 0, 0]
             for layer in (self.conv_1x1_final1, self.conv_1x1_init)
         )
-        mixed, constant = first.new_zeros(()), _bias(self.conv_1x1_final1).to(dtype)
+        mixed, constant = first.new_zeros(()), bias_of(self.conv_1x1_final1).to(dtype)
         for mix, branch in zip(final.chunk(3, 1), branches, strict=True):
             weight = (mix @ branch.weight.to(dtype).flatten(1)).view(branch.weight.shape)
             mixed = mixed + F.pad(weight, [3 - branch.kernel_size[0] // 2] * 4)
-            constant = constant + mix @ _bias(branch).to(dtype)
+            constant = constant + mix @ bias_of(branch).to(dtype)
         taps = mixed.permute(0, 2, 3, 1)  # (C, 7, 7, C), its last for the first convolution
-        border = (taps @ _bias(self.conv_1x1_init).to(dtype))[:, None]
+        border = (taps @ bias_of(self.conv_1x1_init).to(dtype))[:, None]
         whole = (taps @ first).permute(0, 3, 1, 2).contiguous()
         return whole.to(self.conv_7x7.weight.dtype), border, constant
 
@@ -152,6 +152,7 @@ class MultiScaleModule(nn.Module):
         return self.__dict__ | {"_folded": None}
 
 
-def _bias(layer: nn.Conv2d) -> Tensor:
+def bias_of(layer: nn.Conv2d) -> Tensor:
+    """The bias of a layer that was made with one."""
     assert layer.bias is not None
     return layer.bias

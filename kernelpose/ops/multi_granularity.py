@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -62,9 +62,8 @@ def multi_granularity(
     dtype = statistics_dtype(x)
     if any(p.dtype != dtype for p in parameters):
         parameters = [p.to(dtype) for p in parameters]
-    run = _run_forward if is_plain(x, *parameters) else _op
-    out: Tensor = run(x, *parameters, groups, chosen)
-    return out
+    run: Callable[..., Tensor] = _run_forward if is_plain(x, *parameters) else _op
+    return run(x, *parameters, groups, chosen)
 
 
 def _check(
@@ -82,13 +81,13 @@ def _check(
             raise TypeError(f"{name} is {type(tensors).__name__}; expected three tensors.")
         if len(tensors) != len(SIDES):
             raise ValueError(f"{name} has length {len(tensors)}; expected three tensors.")
-    expected = [(f"weights[{i}]", w, (channels, 1, s, s))
-                for i, (w, s) in enumerate(zip(weights, SIDES, strict=True))]  # fmt: skip
-    expected += [(f"biases[{i}]", bias, (channels,)) for i, bias in enumerate(biases)]
-    expected += [
+    expected: list[tuple[str, Any, tuple[int, ...]]] = [
         ("mix_weight", mix_weight, (channels, len(SIDES) * channels // groups, 1, 1)),
         ("mix_bias", mix_bias, (channels,)),
     ]
+    for i, (weight, bias, side) in enumerate(zip(weights, biases, SIDES, strict=True)):
+        expected.append((f"weights[{i}]", weight, (channels, 1, side, side)))
+        expected.append((f"biases[{i}]", bias, (channels,)))
     for name, tensor, shape in expected:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is {type(tensor).__name__}; expected a tensor.")
@@ -114,8 +113,8 @@ def _run_forward(
     backend: str,
 ) -> Tensor:
     x = x.contiguous(memory_format=memory_format(x))
-    parameters = (weight7, weight5, weight3, bias7, bias5, bias3, mix_weight, mix_bias)
-    parameters = tuple(p.contiguous() for p in parameters)
+    given = (weight7, weight5, weight3, bias7, bias5, bias3, mix_weight, mix_bias)
+    parameters = [p.contiguous() for p in given]
     out = _output(x)
     if x.numel():
         addresses = [_native.address(p) for p in parameters]
@@ -142,8 +141,8 @@ def _run_backward(
     """Gradients of x and of the parameters."""
     layout = memory_format(x)
     grad_out, x = (t.contiguous(memory_format=layout) for t in (grad_out, x))
-    parameters = (weight7, weight5, weight3, bias7, bias5, bias3, mix_weight, mix_bias)
-    parameters = tuple(p.contiguous() for p in parameters)
+    given = (weight7, weight5, weight3, bias7, bias5, bias3, mix_weight, mix_bias)
+    parameters = [p.contiguous() for p in given]
     grad_x, *gradients = _gradients(grad_out, x, *parameters)
     if not x.numel():
         return grad_x, *(gradient.zero_() for gradient in gradients)
