@@ -114,6 +114,11 @@ def _run_forward(
     if x.numel() == 0:
         return out, statistics.zero_()
     scratch = _scratch(x, statistics)
+    if backend == "triton":
+        from kernelpose.triton_kernels import spatial_gate as kernels
+
+        kernels.forward(x, weight, bias, out, statistics, scratch, _limit(threshold), eps)
+        return out, statistics
     addresses = [_native.address(t) for t in (x, weight, bias, out, statistics, scratch)]
     shape = (*native_shape(x), groups, _limit(threshold), eps)
     _native.call("spatial_gate_forward", x, *addresses, shape, _native.DTYPE_CODES[x.dtype])
@@ -140,6 +145,11 @@ def _run_backward(
         return grad_x, grad_weight.zero_(), grad_bias.zero_()
     scratch = _scratch(x, statistics)
     tensors = (grad_out, x, weight, bias, statistics, *gradients, scratch)
+    if backend == "triton":
+        from kernelpose.triton_kernels import spatial_gate as kernels
+
+        kernels.backward(*tensors, _limit(threshold))
+        return gradients
     addresses = [_native.address(t) for t in tensors]
     shape = (*native_shape(x), groups, _limit(threshold), eps)
     _native.call("spatial_gate_backward", x, *addresses, shape, _native.DTYPE_CODES[x.dtype])
@@ -214,7 +224,7 @@ def _objection(backend: str, x: Tensor, *_: Any, groups: int, **__: Any) -> str 
 
 def _automatic(x: Tensor) -> tuple[str, ...]:
     """On a GPU nothing was measured yet; CUDA C++ stands first."""
-    return {"cuda": ("cuda",), "cpu": ("cpu",)}.get(x.device.type, ())
+    return {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}.get(x.device.type, ())
 
 
 def _example(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -232,6 +242,7 @@ register_backends(
         name="spatial_gate",
         dtypes={
             "cuda": _FLOATS,
+            "triton": _FLOATS,
             "cpu": (*_FLOATS, torch.float64),
             "eager": (*_FLOATS, torch.float64),
         },

@@ -15,7 +15,7 @@ from kernelpose.ops import spatial_gate
 from tests.ops import checks
 from tests.parity import assert_parity
 
-KERNELS = ("cpu", "cuda")
+KERNELS = ("cpu", "cuda", "triton")
 
 
 @dataclass(frozen=True)
@@ -411,7 +411,7 @@ def test_no_room_is_an_objection(shape: tuple[int, ...], groups: int, text: str)
     assert reason is not None and text in reason
 
 
-@pytest.mark.parametrize("backend", ["cuda"])
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("name", ["mitpose", "mitpose-tokens"])
 def test_side_stream_and_graph_capture(name: str, backend: str) -> None:
     checks.check_side_stream(CASES[name], backend)

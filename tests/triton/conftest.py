@@ -28,6 +28,7 @@ with pytest.MonkeyPatch.context() as patch:
         flip_merge,
         grn,
         heatmap_loss,
+        spatial_gate,
         window_attention,
     )
 
