@@ -3,6 +3,7 @@
 from kernelpose.nn.grn import GRN
 from kernelpose.nn.local_perception import LocalPerception
 from kernelpose.nn.multi_scale import MultiScaleModule
+from kernelpose.nn.sru import SRU
 from kernelpose.nn.window_attention import WindowAttention
 
-__all__ = ["GRN", "LocalPerception", "MultiScaleModule", "WindowAttention"]
+__all__ = ["GRN", "SRU", "LocalPerception", "MultiScaleModule", "WindowAttention"]
