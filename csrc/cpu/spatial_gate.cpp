@@ -78,22 +78,36 @@ struct Forward : Gate<Element> {
   using T = Compute<Element>;
   Element* out;
 
-  // Mean, and sum of squared differences from it, of each channel: two sums, so that a large mean
-  // costs no digits.
-  void reduce(int64_t image, int64_t first, int64_t count) const {
+  // Mean, and sum of squared differences from it, of each channel, in one pass: differences from
+  // its first pixel are summed. However far that is from the mean m, the digits that the variance
+  // loses are bounded: (first - m)^2 is itself a part of it.
+  void reduce(int64_t image, int64_t begin, int64_t total) const {
     const Maps& maps = this->shape.maps;
     const Element* const from = this->x + image * maps.image();
-    for (const int64_t c : {first, first + this->shape.pairs()}) {
-      T* const mean = this->row(0, image) + c;
-      T* const squares = this->row(1, image) + c;
-      sum_over_pixels<1, 1, Element>(maps, {from}, c, count, {mean},
-                                     [](const auto& in, auto& sum) { sum[0] += in[0]; });
-      for (int64_t i = 0; i < count; ++i) mean[i] /= static_cast<T>(maps.pixels);
-      sum_over_pixels<1, 1, Element>(maps, {from}, c, count, std::array<const T*, 1>{mean},
-                                     {squares}, [](const auto& in, const auto& f, auto& sum) {
-                                       const auto difference = in[0] - f[0];
-                                       sum[0] += difference * difference;
-                                     });
+    const T pixels = static_cast<T>(maps.pixels);
+    alignas(kVectorBytes) T origin[kChannelBlock];
+    for (const int64_t start : {begin, begin + this->shape.pairs()}) {
+      for (int64_t first = start; first < start + total; first += kChannelBlock) {
+        const int64_t count = std::min(kChannelBlock, start + total - first);
+        T* const mean = this->row(0, image) + first;
+        T* const squares = this->row(1, image) + first;
+        for (int64_t c = 0; c < count; ++c) {
+          origin[c] = to_compute(from[(first + c) * (maps.channels_last ? 1 : maps.pixels)]);
+        }
+        sum_over_pixels<1, 2, Element>(maps, {from}, first, count, std::array<const T*, 1>{origin},
+                                       {mean, squares},
+                                       [](const auto& in, const auto& f, auto& sum) {
+                                         const auto difference = in[0] - f[0];
+                                         sum[0] += difference;
+                                         sum[1] += difference * difference;
+                                       });
+        for (int64_t c = 0; c < count; ++c) {
+          const T shift = mean[c] / pixels;
+          const T rest = squares[c] - shift * mean[c];
+          squares[c] = rest < 0 ? T(0) : rest;
+          mean[c] = origin[c] + shift;
+        }
+      }
     }
   }
 
