@@ -28,11 +28,13 @@ def compare_both_ways(
     benchmark: Any,
     request: pytest.FixtureRequest,
 ) -> CompareBothWays:
-    """compare_both_ways(op, inputs, options, least, peers={}): times one case in both directions.
+    """compare_both_ways(op, inputs, options, least, peers={}, plain_peers={}): times one case
+    in both directions.
 
     op: its name; called as op(*inputs(), **options, backend=...). inputs: makes a fresh list of
     tensors, the main one first, which all have a gradient. least(backward) gives (bytes, FLOPs or
-    None), the least that a direction takes. peers: what others would call with the same tensors.
+    None), the least that a direction takes. peers: what others would call with the same tensors;
+    plain_peers: the same, where torch.compile takes minutes.
     """
 
     def run(
@@ -41,6 +43,7 @@ def compare_both_ways(
         options: Mapping[str, Any],
         least: Callable[[bool], tuple[int, int | None]],
         peers: Mapping[str, Function] | None = None,
+        plain_peers: Mapping[str, Function] | None = None,
     ) -> None:
         torch.manual_seed(0)
         sets = rotate(lambda: [x.requires_grad_() for x in inputs()], device)
@@ -54,7 +57,7 @@ def compare_both_ways(
         }
         _check_parity(functions, plain)
         others = {"eager": functions["eager"], **(peers or {})}
-        contenders = functions | others
+        contenders = functions | others | dict(plain_peers or {})
         if compiles:
             titles = ("compile" if n == "eager" else f"compile {n}" for n in others)
             contenders |= compiled(dict(zip(titles, others.values(), strict=True)))

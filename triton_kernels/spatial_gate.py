@@ -18,8 +18,8 @@ import triton.language as tl
 from kernelpose.triton_kernels import maps
 from torch import Tensor
 
-OPTIONS = {"num_warps": 8}
-REGISTERS = 128  # a thread at most, on either architecture
+REGISTERS = 128  # a thread at most, on either architecture; ptxas would spill to use fewer
+OPTIONS = {"num_warps": 8, "maxnreg": REGISTERS}
 SUM_BLOCK = 1024
 PARAMETER_BLOCK = 64
 

@@ -17,7 +17,9 @@ from tests.parity import assert_parity
 class Case(Protocol):
     """Inputs and options of one call of an op."""
 
-    op: str
+    @property
+    def op(self) -> str:
+        """Its name."""
 
     def inputs(self, dtype: torch.dtype, device: str) -> list[Tensor]:
         """Fresh differentiable inputs, the main tensor first, drawn from a fixed seed."""
