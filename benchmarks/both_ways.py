@@ -28,13 +28,13 @@ def compare_both_ways(
     benchmark: Any,
     request: pytest.FixtureRequest,
 ) -> CompareBothWays:
-    """compare_both_ways(op, inputs, options, least, peers={}, plain_peers={}): times one case
-    in both directions.
+    """compare_both_ways(op, inputs, options, least, ...): times one case in both directions.
 
     op: its name; called as op(*inputs(), **options, backend=...). inputs: makes a fresh list of
     tensors, the main one first, which all have a gradient. least(backward) gives (bytes, FLOPs or
     None), the least that a direction takes. peers: what others would call with the same tensors;
-    plain_peers: the same, where torch.compile takes minutes.
+    plain_peers: the same, where torch.compile takes minutes. arrange(*tensors): the op's arguments,
+    where they are not the tensors themselves.
     """
 
     def run(
@@ -44,16 +44,21 @@ def compare_both_ways(
         least: Callable[[bool], tuple[int, int | None]],
         peers: Mapping[str, Function] | None = None,
         plain_peers: Mapping[str, Function] | None = None,
+        arrange: Callable[..., tuple[Any, ...]] = lambda *tensors: tensors,
     ) -> None:
         torch.manual_seed(0)
         sets = rotate(lambda: [x.requires_grad_() for x in inputs()], device)
         plain = [x.detach() for x in sets[0]]
-        chosen = choose(op, None, *plain, **options)
+        chosen = choose(op, None, *arrange(*plain), **options)
         names = [b for b in BACKENDS if b not in ("eager", "torch")]
-        ours = {b for b in names if not why_not(op, b, *plain, **options)} | {chosen}
+        ours = {b for b in names if not why_not(op, b, *arrange(*plain), **options)} | {chosen}
+
+        def call(*tensors: Tensor, backend: str) -> Tensor:
+            result: Tensor = getattr(ops, op)(*arrange(*tensors), **options, backend=backend)
+            return result
+
         functions: dict[str, Function] = {
-            name: functools.partial(getattr(ops, op), **options, backend=name)
-            for name in sorted(ours | {"eager"})
+            name: functools.partial(call, backend=name) for name in sorted(ours | {"eager"})
         }
         _check_parity(functions, plain)
         others = {"eager": functions["eager"], **(peers or {})}

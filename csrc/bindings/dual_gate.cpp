@@ -5,6 +5,10 @@
 #include "bind.h"
 #include "cpu/dual_gate.h"
 
+#ifdef KERNELPOSE_WITH_CUDA
+#include "cuda/dual_gate.h"
+#endif
+
 namespace kernelpose::bindings {
 namespace {
 
@@ -41,6 +45,33 @@ KP_BIND(m) {
               shape_of(shape), static_cast<DType>(dtype), threads);
           check_memory(ran, "the backward of dual_gate");
         });
+#ifdef KERNELPOSE_WITH_CUDA
+  m.def("cuda_dual_gate_workspace",
+        [](const ShapeTuple& shape) { return cuda::dual_gate_workspace(shape_of(shape)); });
+  m.def("cuda_dual_gate_forward", [](Address y, Address reduce_weight, Address expand_weight,
+                                     Address spatial_weight, Address out, Address state,
+                                     Address workspace, const ShapeTuple& shape, int dtype,
+                                     Address stream) {
+    const py::gil_scoped_release release;
+    const cudaError_t error = cuda::dual_gate_forward(
+        pointer(y), pointer<float>(reduce_weight), pointer<float>(expand_weight),
+        pointer<float>(spatial_weight), pointer(out), pointer<float>(state),
+        pointer<float>(workspace), shape_of(shape), static_cast<DType>(dtype), stream_of(stream));
+    check_cuda(error, "dual_gate");
+  });
+  m.def("cuda_dual_gate_backward",
+        [](Address grad_out, Address y, Address reduce_weight, Address expand_weight,
+           Address spatial_weight, Address state, Address grad_y, Address partials,
+           Address workspace, const ShapeTuple& shape, int dtype, Address stream) {
+          const py::gil_scoped_release release;
+          const cudaError_t error = cuda::dual_gate_backward(
+              pointer(grad_out), pointer(y), pointer<float>(reduce_weight),
+              pointer<float>(expand_weight), pointer<float>(spatial_weight), pointer<float>(state),
+              pointer(grad_y), pointer<float>(partials), pointer<float>(workspace), shape_of(shape),
+              static_cast<DType>(dtype), stream_of(stream));
+          check_cuda(error, "the backward of dual_gate");
+        });
+#endif
 }
 
 }  // namespace kernelpose::bindings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,13 @@ from torch import Tensor
 from kernelpose import _native
 from kernelpose.backend import OpSpec, choose
 from kernelpose.backend import register as register_backends
-from kernelpose.ops._maps import check_maps, memory_format, native_shape, statistics_dtype
+from kernelpose.ops._maps import (
+    check_maps,
+    memory_format,
+    native_shape,
+    statistics_dtype,
+    too_large,
+)
 from kernelpose.ops._register import is_plain, no_autocast, no_second_derivative, register
 from kernelpose.reference.dual_gate import dual_gate as reference
 
@@ -103,10 +110,13 @@ def _run_forward(
     y = y.contiguous(memory_format=memory_format(y))
     weights = [w.contiguous() for w in (reduce_weight, expand_weight, spatial_weight)]
     out, state = _outputs(y, *weights)
-    if y.numel():
-        addresses = [_native.address(t) for t in (y, *weights, out, state)]
-        shape, code = _shape(y, reduce_weight), _native.DTYPE_CODES[y.dtype]
-        _native.call("dual_gate_forward", y, *addresses, shape, code)
+    if y.numel() == 0:
+        return out, state
+    if backend == "triton":
+        from kernelpose.triton_kernels import dual_gate as kernels
+
+        return out, kernels.forward(y, weights, out)
+    _call("dual_gate_forward", y, reduce_weight, (y, *weights, out, state))
     return out, state
 
 
@@ -128,10 +138,13 @@ def _run_backward(
     hidden = reduce_weight.shape[0]
     grad_y = torch.empty_like(y, memory_format=layout)
     partials = state.new_empty(batch, channels + 2 * hidden + 2 * KERNEL * KERNEL)
-    if y.numel():
-        addresses = [_native.address(t) for t in (grad_out, y, *weights, state, grad_y, partials)]
-        shape, code = _shape(y, reduce_weight), _native.DTYPE_CODES[y.dtype]
-        _native.call("dual_gate_backward", y, *addresses, shape, code)
+    if backend == "triton" and y.numel():
+        from kernelpose.triton_kernels import dual_gate as kernels
+
+        kernels.backward(grad_out, y, weights, state, grad_y, partials)
+    elif y.numel():
+        tensors = (grad_out, y, *weights, state, grad_y, partials)
+        _call("dual_gate_backward", y, reduce_weight, tensors)
     of_sigmoids, of_hidden, of_kernel = partials.split(
         (channels, 2 * hidden, 2 * KERNEL * KERNEL), 1
     )
@@ -145,8 +158,11 @@ def _run_backward(
     )
 
 
-def _shape(y: Tensor, reduce_weight: Tensor) -> tuple[int | bool, ...]:
-    return *native_shape(y), y.shape[3], reduce_weight.shape[0]
+def _call(function: str, y: Tensor, reduce_weight: Tensor, tensors: Sequence[Tensor]) -> None:
+    shape = (*native_shape(y), y.shape[3], reduce_weight.shape[0])
+    memory = _native.workspace("dual_gate", y, shape)
+    addresses = [_native.address(t) for t in (*tensors, *([memory] if y.is_cuda else []))]
+    _native.call(function, y, *addresses, shape, _native.DTYPE_CODES[y.dtype])
 
 
 def _outputs(y: Tensor, reduce_weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -193,11 +209,12 @@ _op = register(
 
 
 def _objection(backend: str, y: Tensor, *_: Any, **__: Any) -> str | None:
-    return None
+    return too_large(backend, y)
 
 
 def _automatic(y: Tensor) -> tuple[str, ...]:
-    return {"cpu": ("cpu",)}.get(y.device.type, ())
+    """On a GPU nothing was measured yet; CUDA C++ stands first."""
+    return {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}.get(y.device.type, ())
 
 
 def _example(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -208,12 +225,17 @@ def _example(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...],
     return (y.to(memory_format=torch.channels_last), *weights), {}
 
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 register_backends(
     OpSpec(
         name="dual_gate",
-        dtypes={"cpu": _FLOATS, "eager": _FLOATS},
+        dtypes={
+            "cuda": _FLOATS,
+            "triton": _FLOATS,
+            "cpu": (*_FLOATS, torch.float64),
+            "eager": (*_FLOATS, torch.float64),
+        },
         directions="fwd+bwd",
         automatic=_automatic,
         objection=_objection,

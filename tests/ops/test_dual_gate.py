@@ -14,7 +14,7 @@ from kernelpose.ops import dual_gate
 from tests.ops import checks
 from tests.parity import assert_parity
 
-KERNELS = ("cpu",)
+KERNELS = ("cpu", "cuda", "triton")
 
 
 @dataclass(frozen=True)
@@ -287,6 +287,13 @@ def test_second_derivative_is_refused_and_eager_has_it(backend: str) -> None:
                 torch.autograd.grad(first.square().sum(), x)
         else:
             assert torch.autograd.grad(first.square().sum(), x)[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("name", ["mitpose", "odd-tokens"])
+def test_side_stream_and_graph_capture(name: str, backend: str) -> None:
+    checks.check_side_stream(CASES[name], backend)
+    checks.check_graph_capture(CASES[name], backend)
 
 
 ZEROS = torch.zeros(2, 8, 3, 4)

@@ -25,6 +25,7 @@ with pytest.MonkeyPatch.context() as patch:
         crop_normalize,
         decode_heatmap,
         decode_simcc,
+        dual_gate,
         flip_merge,
         grn,
         heatmap_loss,
