@@ -9,6 +9,7 @@ import subprocess
 import sysconfig
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -42,15 +43,15 @@ def extension() -> Path:
     defines += ['-DKERNELPOSE_COMPILER="g++ for the emulator"']
     csrc = ROOT / "csrc"
     bindings = [csrc / "bindings.cpp", *sorted((csrc / "bindings").glob("*.cpp"))]
-    objects = [_object(source, [*HOST_FLAGS, *python, *defines]) for source in bindings]
-    objects += [
-        _object(source, [*HOST_FLAGS, "-DKP_ISA=baseline"])
+    units: list[tuple[Path, Sequence[str], Sequence[str]]]
+    units = [(source, CUDA_FLAGS, ["-x", "c++"]) for source in sorted((csrc / "cuda").glob("*.cu"))]
+    units += [(source, [*HOST_FLAGS, *python, *defines], []) for source in bindings]
+    units += [
+        (source, [*HOST_FLAGS, "-DKP_ISA=baseline"], [])
         for source in sorted((csrc / "cpu").glob("*.cpp"))
     ]
-    objects += [
-        _object(source, CUDA_FLAGS, ["-x", "c++"])
-        for source in sorted((csrc / "cuda").glob("*.cu"))
-    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # each waits for a compiler
+        objects = list(pool.map(lambda unit: _object(*unit), units))
     return _link([*objects, *_runtime()], "emulated" + sysconfig.get_config_var("EXT_SUFFIX"))
 
 
