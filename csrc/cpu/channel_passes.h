@@ -87,33 +87,45 @@ inline void sum_over_pixels(const Maps& maps, const Element* const (&inputs)[kIn
     }
     return;
   }
-  for (int k = 0; k < kSums; ++k) std::fill(sums[k], sums[k] + count, T(0));
-  // Rows are summed before they join the rest: fewer turns at the sums, and smaller errors.
-  const auto add_rows = [&](int64_t p, auto rows) {
-    const int64_t row = p * maps.channels + first;
+  // Rows are summed before they join the rest, and kPart rows before they join the image's sums:
+  // fewer turns at the sums, and smaller errors.
+  constexpr int64_t kPart = 64;
+  T parts[kSums][kChannelBlock];
+  const auto add_rows = [&](int64_t p, auto rows, int64_t from, int64_t some) {
+    const int64_t row = p * maps.channels + first + from;
     int64_t c = 0;
-    for (; c + n <= count; c += n) {
+    for (; c + n <= some; c += n) {
       std::array<V, kFactors> own;
-      for (int k = 0; k < static_cast<int>(kFactors); ++k) own[k] = load(factors[k] + c);
+      for (int k = 0; k < static_cast<int>(kFactors); ++k) own[k] = load(factors[k] + from + c);
       V part[kSums] = {};
       for (int r = 0; r < rows; ++r) {
         accumulate(Vectors(inputs, row + r * maps.channels + c).of, own, part);
       }
-      for (int k = 0; k < kSums; ++k) store(sums[k] + c, load(sums[k] + c) + part[k]);
+      for (int k = 0; k < kSums; ++k) store(parts[k] + c, load(parts[k] + c) + part[k]);
     }
-    for (; c < count; ++c) {
+    for (; c < some; ++c) {
       std::array<T, kFactors> own;
-      for (int k = 0; k < static_cast<int>(kFactors); ++k) own[k] = factors[k][c];
+      for (int k = 0; k < static_cast<int>(kFactors); ++k) own[k] = factors[k][from + c];
       T part[kSums] = {};
       for (int r = 0; r < rows; ++r) {
         accumulate(Numbers(inputs, row + r * maps.channels + c).of, own, part);
       }
-      for (int k = 0; k < kSums; ++k) sums[k][c] += part[k];
+      for (int k = 0; k < kSums; ++k) parts[k][c] += part[k];
     }
   };
-  int64_t p = 0;
-  for (; p + 8 <= maps.pixels; p += 8) add_rows(p, std::integral_constant<int, 8>{});
-  for (; p < maps.pixels; ++p) add_rows(p, std::integral_constant<int, 1>{});
+  for (int k = 0; k < kSums; ++k) std::fill(sums[k], sums[k] + count, T(0));
+  for (int64_t from = 0; from < count; from += kChannelBlock) {
+    const int64_t some = std::min(kChannelBlock, count - from);
+    for (int64_t p = 0; p < maps.pixels;) {
+      const int64_t end = std::min(maps.pixels, p + kPart);
+      for (int k = 0; k < kSums; ++k) std::fill(parts[k], parts[k] + some, T(0));
+      for (; p + 8 <= end; p += 8) add_rows(p, std::integral_constant<int, 8>{}, from, some);
+      for (; p < end; ++p) add_rows(p, std::integral_constant<int, 1>{}, from, some);
+      for (int k = 0; k < kSums; ++k) {
+        for (int64_t c = 0; c < some; ++c) sums[k][from + c] += parts[k][c];
+      }
+    }
+  }
 }
 
 // The same of the values alone: accumulate(values, sums).

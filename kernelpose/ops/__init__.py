@@ -1,5 +1,6 @@
 """The ops as functions; each is `kernelpose.ops.<op>` and its file `kernelpose/ops/<op>.py`."""
 
+from kernelpose.ops.channel_fuse import channel_fuse
 from kernelpose.ops.crop_normalize import crop_normalize
 from kernelpose.ops.decode_heatmap import decode_heatmap
 from kernelpose.ops.decode_simcc import decode_simcc
@@ -12,6 +13,7 @@ from kernelpose.ops.spatial_gate import spatial_gate
 from kernelpose.ops.window_attention import window_attention
 
 __all__ = [
+    "channel_fuse",
     "crop_normalize",
     "decode_heatmap",
     "decode_simcc",

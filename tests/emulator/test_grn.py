@@ -1,4 +1,7 @@
-"""csrc/cuda/grn.cu on the emulator against the reference in float64."""
+"""csrc/cuda/grn.cu on the emulator against the reference in float64.
+
+Its barriers are those of channel_passes.cuh, which test_channel_fuse.py leaves out one by one.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ from torch import Tensor
 from kernelpose.ops._maps import native_shape
 from kernelpose.reference.grn import grn
 from tests.emulator import build
-from tests.emulator.barriers import barriers
 from tests.emulator.run import Call, EmulatorError, run
 from tests.ops.test_grn import CASES, Case
 from tests.parity import assert_parity
@@ -89,33 +91,3 @@ def test_other_dtypes_are_an_error(module: Path) -> None:
     args = [3 if i == 6 else a for i, a in enumerate(forward.args)]
     with pytest.raises(EmulatorError, match="check_cuda"):  # ASan ends where it throws
         run(module, [Call(forward.function, args)])
-
-
-@pytest.fixture(scope="module")
-def right(module: Path) -> list[tuple[Call, list[Tensor]]]:
-    """Calls that need every barrier, and what they leave when nothing is left out."""
-    calls = _calls(MORE["blocks-tokens"], torch.float16)[:2]
-    return [(call, run(module, [call])[0].args) for call in calls]
-
-
-OWN = [
-    barrier
-    for barrier in barriers("grn", "__syncthreads")
-    if barrier.startswith(("grn", "channel_passes"))
-]
-
-
-@pytest.mark.parametrize("barrier", OWN)
-def test_removed_barrier_is_caught(
-    barrier: str, module: Path, right: list[tuple[Call, list[Tensor]]]
-) -> None:
-    """Without the barrier some call is reported, or leaves something else."""
-    for call, after in right:
-        try:
-            (result,) = run(module, [Call(call.function, call.args, {"skip": barrier})])
-        except EmulatorError:
-            return
-        for got, was in zip(result.args, after, strict=True):
-            if isinstance(got, Tensor) and not torch.equal(got, was):
-                return
-    pytest.fail(f"no case needs the barrier at {barrier}")

@@ -28,8 +28,8 @@ constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kWarpChannels = 4;  // of a warp, where pixels are neighbours
 
 // Places of which a thread has the vectors under way: 16 x 12 pixels are a whole number of such.
-template <int kInputs>
-constexpr int kBatch = kInputs == 1 ? 3 : 2;
+template <int kTensors>
+constexpr int kBatch = kTensors == 1 ? 3 : 2;
 
 template <int N>
 constexpr int kLanes = N == 1 ? 32 : 8;
@@ -64,12 +64,26 @@ __device__ __forceinline__ void block_sums(float (&sums)[kSums], float* partial)
   }
 }
 
+// The largest over the block, in all threads; `partial` as above.
+__device__ __forceinline__ float block_maximum(float x, float* partial) {
+#pragma unroll
+  for (int offset = 16; offset >= 1; offset /= 2) {
+    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
+  }
+  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
+  __syncthreads();
+  x = partial[0];
+#pragma unroll
+  for (int w = 1; w < kWarps; ++w) x = fmaxf(x, partial[w]);
+  return x;
+}
+
 // Calls use(offset from the image's first element, values[kInputs][N]) for vectors at first,
 // first + step, ... below end.
-template <int N, int kInputs, class T, class Use>
+template <int N, int kTensors, int kInputs, class T, class Use>
 __device__ __forceinline__ void for_vectors(const T* const (&inputs)[kInputs], int64_t first,
                                             int64_t end, int64_t step, const Use& use) {
-  constexpr int kCount = kBatch<kInputs>;
+  constexpr int kCount = kBatch<kTensors>;
   for (int64_t at = first; at < end; at += kCount * step) {
     ElementVector<T, N> loaded[kCount][kInputs];
 #pragma unroll
@@ -125,12 +139,14 @@ __global__ void __launch_bounds__(kThreads, 3) channel_sums(const Op op) {
     float sums[N][Op::kSums] = {};
     const int64_t channel = first + threadIdx.x % kLanes<N> * N;
     if (channel < maps.channels) {
-      for_vectors<N>(inputs.pointers, threadIdx.x / kLanes<N> * maps.channels + channel,
-                     maps.image(), kThreads / kLanes<N> * maps.channels,
-                     [&](int64_t, const ElementVector<T, N>(&loaded)[Op::kInputs]) {
+      for_vectors<N, Op::kInputs>(inputs.pointers,
+                                  threadIdx.x / kLanes<N> * maps.channels + channel, maps.image(),
+                                  kThreads / kLanes<N> * maps.channels,
+                                  [&](int64_t, const ElementVector<T, N>(&loaded)[Op::kInputs]) {
 #pragma unroll
-                       for (int e = 0; e < N; ++e) accumulate<Op, N>(op, loaded, e, sums[e]);
-                     });
+                                    for (int e = 0; e < N; ++e)
+                                      accumulate<Op, N>(op, loaded, e, sums[e]);
+                                  });
     }
 #pragma unroll
     for (int e = 0; e < N; ++e) {
@@ -157,11 +173,13 @@ __global__ void __launch_bounds__(kThreads, 3) channel_sums(const Op op) {
       const int64_t channel = first + j * kWarps + warp;
       if (channel >= maps.channels) break;
       float sums[Op::kSums] = {};
-      for_vectors<N>(inputs.pointers, channel * maps.pixels + lane * N, (channel + 1) * maps.pixels,
-                     32 * N, [&](int64_t, const ElementVector<T, N>(&loaded)[Op::kInputs]) {
+      for_vectors<N, Op::kInputs>(inputs.pointers, channel * maps.pixels + lane * N,
+                                  (channel + 1) * maps.pixels, 32 * N,
+                                  [&](int64_t, const ElementVector<T, N>(&loaded)[Op::kInputs]) {
 #pragma unroll
-                       for (int e = 0; e < N; ++e) accumulate<Op, N>(op, loaded, e, sums);
-                     });
+                                    for (int e = 0; e < N; ++e)
+                                      accumulate<Op, N>(op, loaded, e, sums);
+                                  });
 #pragma unroll
       for (int k = 0; k < Op::kSums; ++k) sums[k] = warp_sum(sums[k]);
       if (lane == 0) op.finish(image, channel, sums);
@@ -202,6 +220,7 @@ __global__ void __launch_bounds__(kThreads, 3) scale_channels(const Op op) {
   using T = typename Op::Element;
   KP_DYNAMIC_SHARED(float, shared);
   constexpr int kChannels = kBlockChannels<N, kChannelsLast>;
+  constexpr int kTensors = Op::kInputs > Op::kOutputs ? Op::kInputs : Op::kOutputs;
   const Maps& maps = op.maps;
   const int64_t chunks = (maps.channels + kChannels - 1) / kChannels;
   const int64_t image = blockIdx.x / chunks;
@@ -215,16 +234,16 @@ __global__ void __launch_bounds__(kThreads, 3) scale_channels(const Op op) {
     float factors[N][Op::kFactors];
 #pragma unroll
     for (int e = 0; e < N; ++e) op.factors(image, channel + e, prepared, row == 0, factors[e]);
-    for_vectors<N>(inputs.pointers, row * maps.channels + channel, maps.image(),
-                   kThreads / kLanes<N> * maps.channels,
-                   [&](int64_t at, const ElementVector<T, N>(&loaded)[Op::kInputs]) {
-                     ElementVector<T, N> results[Op::kOutputs];
+    for_vectors<N, kTensors>(inputs.pointers, row * maps.channels + channel, maps.image(),
+                             kThreads / kLanes<N> * maps.channels,
+                             [&](int64_t at, const ElementVector<T, N>(&loaded)[Op::kInputs]) {
+                               ElementVector<T, N> results[Op::kOutputs];
 #pragma unroll
-                     for (int e = 0; e < N; ++e) {
-                       combine<Op, N>(op, loaded, e, factors[e], results);
-                     }
-                     store_results<Op, N>(op, image, at, results);
-                   });
+                               for (int e = 0; e < N; ++e) {
+                                 combine<Op, N>(op, loaded, e, factors[e], results);
+                               }
+                               store_results<Op, N>(op, image, at, results);
+                             });
   } else {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (int j = 0; j < kWarpChannels; ++j) {
@@ -232,15 +251,16 @@ __global__ void __launch_bounds__(kThreads, 3) scale_channels(const Op op) {
       if (channel >= maps.channels) return;
       float factors[Op::kFactors];
       op.factors(image, channel, prepared, lane == 0, factors);
-      for_vectors<N>(inputs.pointers, channel * maps.pixels + lane * N, (channel + 1) * maps.pixels,
-                     32 * N, [&](int64_t at, const ElementVector<T, N>(&loaded)[Op::kInputs]) {
-                       ElementVector<T, N> results[Op::kOutputs];
+      for_vectors<N, kTensors>(inputs.pointers, channel * maps.pixels + lane * N,
+                               (channel + 1) * maps.pixels, 32 * N,
+                               [&](int64_t at, const ElementVector<T, N>(&loaded)[Op::kInputs]) {
+                                 ElementVector<T, N> results[Op::kOutputs];
 #pragma unroll
-                       for (int e = 0; e < N; ++e) {
-                         combine<Op, N>(op, loaded, e, factors, results);
-                       }
-                       store_results<Op, N>(op, image, at, results);
-                     });
+                                 for (int e = 0; e < N; ++e) {
+                                   combine<Op, N>(op, loaded, e, factors, results);
+                                 }
+                                 store_results<Op, N>(op, image, at, results);
+                               });
     }
   }
 }
