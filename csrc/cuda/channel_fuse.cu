@@ -1,8 +1,9 @@
 // CRU's fusion: the two passes of kernelpose/channel_passes.cuh.
 //
 // Floor: y1 and y2 read and out written once, at 64 maps of 768 x 16 x 12 in half 57 MB, 19 us of
-// an H100's memory; backward three maps read and two written, 94 MB, 31 us. budget:
-// channel_sums<Fuse*> registers<=80 budget: scale_channels<Fuse*> registers<=80
+// an H100's memory; backward three maps read and two written, 94 MB, 31 us.
+// budget: channel_sums<Fuse*> registers<=80
+// budget: scale_channels<Fuse*> registers<=80
 #include "channel_fuse.h"
 #include "kernelpose/channel_passes.cuh"
 
