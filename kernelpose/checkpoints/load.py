@@ -41,7 +41,8 @@ def load_checkpoint(
     Args:
         model: gets the tensors, in its own dtype and on its own device.
         checkpoint: a file, or what it holds, in the official (also easy_ViTPose), mmpose1,
-            transformers or kernelpose layout; with or without "state_dict" around it.
+            transformers or kernelpose layout, or of mmpose around the released MiTPOSE backbone;
+            with or without "state_dict" around it.
         dataset: whose expert and decoder to take from a checkpoint with several; the decoder that
             a checkpoint with one fills in a model with several. "coco" by default.
         grid: (rows, columns) of the checkpoint's position table, if it does not record it and it
@@ -56,6 +57,8 @@ def load_checkpoint(
     own = model.state_dict()
     if state_dict.keys() == own.keys():
         imported = Imported("kernelpose", state_dict)
+    elif MITPOSE_RELEASED in state_dict:
+        imported = Imported("mitpose-released", _of_released_mitpose(state_dict))
     else:
         imported = detect_layout(state_dict).import_(state_dict, dataset)
     tensors = _fit_decoders(imported, own, dataset)
@@ -96,6 +99,16 @@ def load_checkpoint(
 
 
 _DECODERS = (HEAD, HEADS)
+
+MITPOSE_RELEASED = "backbone.module.conv_7x7.weight"  # a tensor that this layout alone has
+
+
+def _of_released_mitpose(state_dict: StateDict) -> StateDict:
+    """The names of `MiTPOSE` in layout "released", which has its backbone's own."""
+    return {
+        HEAD + name.removeprefix("head.") if name.startswith("head.") else name: tensor
+        for name, tensor in state_dict.items()
+    }
 
 
 def _without_decoders(tensors: StateDict) -> StateDict:

@@ -1,6 +1,7 @@
 """Pose models: `create_model(name, ...)`, `list_models()` and the classes behind the names."""
 
+from kernelpose.models.mitpose import MiTPOSE
 from kernelpose.models.vitpose import ViTPose
 from kernelpose.models.zoo import create_model, list_models
 
-__all__ = ["ViTPose", "create_model", "list_models"]
+__all__ = ["MiTPOSE", "ViTPose", "create_model", "list_models"]

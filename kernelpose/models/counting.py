@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kernelpose.nn import WindowAttention
+from kernelpose.nn import GRN, SRU, LocalPerception, WindowAttention
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,10 @@ def count(model: nn.Module, image_size: tuple[int, int] = (256, 192), **inputs: 
     def hook(module: nn.Module, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         nonlocal layers, extra, attention
         macs, beside = _layer_cost(module, arguments[0], output)
-        layers += macs
-        extra += beside
-        attention += attention_products(module, arguments[0])
+        fused = fused_cost(module, arguments[0])
+        layers += macs + fused.layers
+        extra += beside + fused.beside
+        attention += fused.attention
 
     handles = [module.register_forward_hook(hook) for module in model.modules()]
     weight = next(model.parameters())
@@ -87,14 +88,26 @@ def _layer_cost(module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[in
     return 0, 0
 
 
+@dataclass(frozen=True)
+class Fused:
+    """What a module does without calling modules of its own; see `Count` for what each counts.
+
+    beside: what `hooked` adds to `layers`.
+    """
+
+    layers: int = 0
+    beside: int = 0
+    attention: int = 0
+
+
 @singledispatch
-def attention_products(module: object, x: torch.Tensor) -> int:
-    """Products QK^T and AV of one module's forward; attention modules register theirs."""
-    return 0
+def fused_cost(module: object, x: torch.Tensor) -> Fused:
+    """Of one module's forward; modules around fused ops register theirs."""
+    return Fused()
 
 
-@attention_products.register
-def _(module: WindowAttention, x: torch.Tensor) -> int:
+@fused_cost.register
+def _(module: WindowAttention, x: torch.Tensor) -> Fused:
     rows, columns, dim = x.shape[1:]
     window = module.window or (rows, columns)
     inside = window[0] * window[1]
@@ -103,4 +116,25 @@ def _(module: WindowAttention, x: torch.Tensor) -> int:
     keys = windows if module.partition == "grid" else inside
     if module.pooled:
         keys += windows
-    return 2 * x[..., 0].numel() * keys * dim
+    return Fused(attention=2 * x[..., 0].numel() * keys * dim)
+
+
+@fused_cost.register
+def _(module: SRU, x: torch.Tensor) -> Fused:
+    return Fused(beside=2 * x.numel())  # its GroupNorm
+
+
+@fused_cost.register
+def _(module: GRN, x: torch.Tensor) -> Fused:
+    return Fused(beside=2 * x.numel())
+
+
+@fused_cost.register
+def _(module: LocalPerception, x: torch.Tensor) -> Fused:
+    places, channels = x.numel() // x.shape[1], x.shape[1]
+    maps = (module.conv_7x7, module.conv_5x5, module.conv_3x3, module.conv_1x1_final1)
+    layers = places * sum(conv.weight.numel() for conv in (*maps, module.SA.conv1))
+    beside = sum(places * conv.out_channels for conv in maps)
+    # The channel gate runs on two vectors, means and maxima.
+    vectors, hidden = 2 * x.shape[0], module.CA.fc1.out_channels
+    return Fused(layers + vectors * 2 * channels * hidden, beside + vectors * hidden)
