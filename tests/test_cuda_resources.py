@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -94,8 +95,17 @@ def all_budgets() -> list[Budget]:
 
 
 @pytest.fixture(scope="module")
-def reports(pytestconfig: pytest.Config) -> Path:
-    return Path(pytestconfig.cache.mkdir("ptxas"))
+def reports(request: pytest.FixtureRequest) -> Path:
+    """Where the reports that the chosen tests need are kept; compiled on all cores at once."""
+    folder = Path(request.config.cache.mkdir("ptxas"))
+    wanted = [
+        (item.callspec.params["source"], item.callspec.params["arch"])
+        for item in request.session.items
+        if item.module is request.module and "arch" in getattr(item, "fixturenames", ())
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # each waits for a compiler
+        list(pool.map(lambda unit: compile_report(*unit, folder), wanted))
+    return folder
 
 
 def compile_report(source: Path, arch: int, folder: Path) -> str:
