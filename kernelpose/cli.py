@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import sys
 from collections.abc import Sequence
 
@@ -25,6 +26,8 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; what the user can mend is one line on stderr and exit code 2."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may not be of its encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(prog="kernelpose", description="Fast pose transformers.")
     parser.add_argument("--version", action="version", version=f"kernelpose {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -40,6 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.run(args)
     except (UserError, BackendError) as error:
         print(f"kernelpose: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a folder closed to us, a full disk behind stdout
+        where = "a file or a stream" if error.filename is None else error.filename
+        print(f"kernelpose: {where} cannot be used: {error.strerror or error}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("kernelpose: interrupted", file=sys.stderr)

@@ -65,6 +65,8 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
         (1, 1, ""),
         (UserError("the file is odd"), 2, "kernelpose: the file is odd\n"),
         (BackendError("no such device"), 2, "kernelpose: no such device\n"),
+        (PermissionError(13, "denied", "a/b"), 2, "kernelpose: a/b cannot be used: denied.\n"),
+        (OSError(28, "full"), 2, "kernelpose: a file or a stream cannot be used: full.\n"),
         (KeyboardInterrupt(), 130, "kernelpose: interrupted\n"),
     ],
 )

@@ -15,6 +15,11 @@ from numpy.typing import NDArray
 from kernelpose.data.files import replacing
 from kernelpose.errors import UserError
 
+_ORIENTATION = 0x0112  # the tag of EXIF
+# Its values, and the numbers of Pillow's Transpose that undo them. ImageOps.exif_transpose would
+# write all the other tags anew, and fails where a camera wrote one of them badly.
+_TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
+
 
 def pillow(module: str) -> Any:
     """A module of Pillow, or a UserError that says how to get it."""
@@ -36,8 +41,10 @@ def read_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
         if 0 in image.size:
             width, height = image.size
             raise UserError(f"{path} is a picture of {width}x{height}; expected one with pixels.")
-        pillow("ImageOps").exif_transpose(image, in_place=True)
-        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+        image.load()  # a PNG may have its EXIF behind the pixels
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION))
+        upright = image if turn is None else image.transpose(turn)
+        return np.array(upright if upright.mode == "RGB" else upright.convert("RGB"))
 
 
 @contextmanager

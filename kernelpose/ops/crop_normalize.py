@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -113,8 +113,10 @@ def _check_images(images: Tensor | Sequence[Tensor], boxes: Tensor) -> list[Tens
         raise TypeError(f"boxes is {type(boxes).__name__}; expected a tensor.")
     if isinstance(images, Tensor):
         stacked, form, dims = [images], "a batch (N, H, W, 3)", 4
-    else:
+    elif isinstance(images, Sequence):
         stacked, form, dims = [*images], "(H, W, 3)", 3
+    else:
+        raise TypeError(f"images is {type(images).__name__}; expected a list or a tensor.")
     for i, image in enumerate(stacked):
         name = "images" if dims == 4 else f"images[{i}]"
         if not isinstance(image, Tensor):
@@ -151,6 +153,8 @@ def _check_options(options: Options) -> None:
     if not isinstance(padding, int | float) or not 0 < padding < math.inf:
         raise ValueError(f"padding is {padding!r}; expected a positive number.")
     for name, numbers in (("mean", mean), ("std", std)):
+        if not isinstance(numbers, Iterable) or isinstance(numbers, str):
+            raise TypeError(f"{name} is {numbers!r}; expected three numbers.")
         if len(numbers) != 3 or not all(math.isfinite(n) for n in numbers):
             raise ValueError(f"{name} is {numbers}; expected three finite numbers.")
     if not all(s > 0 for s in std):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +51,8 @@ def flip_merge(
         dtypes. BackendError: the backend asked for cannot run this.
     """
     _check(heatmaps, flipped)
+    if not isinstance(flip_pairs, Iterable):
+        raise TypeError(f"flip_pairs is {flip_pairs!r}; expected pairs of joints.")
     order = _order(flip_pairs, heatmaps.shape[1])
     chosen = choose("flip_merge", backend, heatmaps, flipped, flip_pairs, shift=shift)
     if chosen == "eager":
@@ -86,7 +89,11 @@ def _order(flip_pairs: Sequence[Sequence[int]], joints: int) -> list[int]:
     """The joint of the mirrored input that is each joint of the input."""
     order = list(range(joints))
     seen: set[int] = set()
-    for left, right in flip_pairs:
+    for pair in flip_pairs:
+        try:
+            left, right = map(operator.index, pair)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"flip_pairs holds {pair!r}; expected pairs of joints.") from error
         if not (0 <= left < joints and 0 <= right < joints):
             raise ValueError(f"flip_pairs holds ({left}, {right}); expected joints below {joints}.")
         if left == right or left in seen or right in seen:

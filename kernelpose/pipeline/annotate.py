@@ -123,6 +123,11 @@ class Annotator:
                 outcome.refused.extend(picture.refused)
                 bar.update()
         count = len(outcome.pictures)
+        beyond = [frame for frame in of_frame if frame >= count]
+        if beyond:
+            outcome.refused.append(
+                f"boxes of {source.path} name frame {max(beyond)}; expected 0 to {count - 1}."
+            )
         if count < 0.9 * video.announced:
             outcome.refused.append(
                 f"{source.path} ends after {count} frames; expected {video.announced}, as its head "

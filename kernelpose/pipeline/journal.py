@@ -6,6 +6,7 @@ import json
 import os
 import textwrap
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from io import BufferedWriter
 from pathlib import Path
@@ -70,7 +71,8 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         assert self._file is not None
-        self._file.close()
+        with suppress(OSError):  # of `add`, which has told of it
+            self._file.close()
 
     def outcome(self, source: Source) -> Outcome | None:
         """What came of a source, if it has been done."""

@@ -150,7 +150,7 @@ class Predictor:
     def _request(self, image: Any, boxes: Any) -> tuple[_Request, Tensor]:
         """What is asked, and the pixels, on the model's device or on their way there."""
         path = Path(image) if isinstance(image, str | os.PathLike) else None
-        pixels = _tensor(image if path is None else read_image(path))
+        pixels = _tensor("image", image if path is None else read_image(path))
         shape = tuple(pixels.shape)
         if pixels.dtype != torch.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape:
             raise ValueError(
@@ -159,7 +159,7 @@ class Predictor:
             )
         if boxes is None:
             boxes = [[0, 0, pixels.shape[1], pixels.shape[0]]]
-        boxes = _tensor(boxes).to("cpu", torch.float64)
+        boxes = _tensor("boxes", boxes).to("cpu", torch.float64)
         if boxes.shape == (0,):
             boxes = boxes.view(0, 4)
         self._check_boxes(boxes)
@@ -226,9 +226,9 @@ class Predictor:
 
     def _keypoints(self, crops: Tensor, centers: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
         if self.flip_test:
-            heatmaps = flip_merge(*run_mirrored(self._forward, crops), self.skeleton.flip_pairs)
+            heatmaps = flip_merge(*run_mirrored(self._heatmaps, crops), self.skeleton.flip_pairs)
         else:
-            heatmaps = self._forward(crops)
+            heatmaps = self._heatmaps(crops)
         joints = self.skeleton.num_keypoints
         if heatmaps.shape[1] != joints:
             raise ValueError(
@@ -236,6 +236,14 @@ class Predictor:
             )
         keypoints, scores = decode_heatmap(heatmaps, centers, scales, mode=self.decode)
         return keypoints, scores
+
+    def _heatmaps(self, crops: Tensor) -> Tensor:
+        heatmaps = self._forward(crops)
+        if not isinstance(heatmaps, Tensor):
+            raise TypeError(
+                f"model gives {type(heatmaps).__name__}; expected a tensor of heatmaps."
+            )
+        return heatmaps
 
     def _poses(self, request: _Request, persons: Sequence[tuple[Tensor, Tensor]]) -> Poses:
         boxes = request.boxes.float()
@@ -300,8 +308,13 @@ def _placed(
     return model, moved.device, moved.dtype
 
 
-def _tensor(values: Any) -> Tensor:
+def _tensor(name: str, values: Any) -> Tensor:
     """A tensor as it is; of anything else a copy, as PyTorch takes no negative strides."""
     if isinstance(values, Tensor):
         return values
-    return torch.from_numpy(np.array(values, order="C"))
+    try:
+        return torch.from_numpy(np.array(values, order="C"))
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name} is {type(values).__name__}; expected a tensor or an array of numbers."
+        ) from error

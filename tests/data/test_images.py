@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,24 @@ def test_exif_orientation(tmp_path: Path) -> None:
     Image.fromarray(COLORS).save(tmp_path / "turned.png", exif=exif)
     image = read_image(tmp_path / "turned.png")
     assert np.array_equal(image, np.rot90(COLORS, -1))
+
+
+@pytest.mark.parametrize("orientation", range(1, 10))
+def test_every_orientation_is_that_of_pillow(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(COLORS).save(tmp_path / "turned.png", exif=exif)
+    with Image.open(tmp_path / "turned.png") as image:
+        upright = np.array(pytest.importorskip("PIL.ImageOps").exif_transpose(image))
+    assert np.array_equal(read_image(tmp_path / "turned.png"), upright)
+
+
+def test_exif_that_cannot_be_written_again(tmp_path: Path) -> None:
+    """A tag of another type than EXIF's, beside the orientation, costs nobody the picture."""
+    tags = struct.pack("<HHII", 0x0112, 3, 1, 6) + struct.pack("<HHI4s", 0x0100, 2, 4, b"abc\0")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + tags + bytes(4)
+    Image.fromarray(COLORS).save(tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(read_image(tmp_path / "turned.png"), np.rot90(COLORS, -1))
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK"])
@@ -86,3 +105,5 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
         make_directory(tmp_path / "file" / "deeper")
     with pytest.raises(UserError, match=r"missing/a\.png cannot be written"):
         write_png(tmp_path / "missing" / "a.png", COLORS)
+    with pytest.raises(UserError, match=r"a\.png cannot be written: File name too long\."):
+        write_png(tmp_path / ("a" * 300 + ".png"), COLORS)

@@ -421,6 +421,8 @@ IMAGE, BOX, FIRST = noise(9, 9, 3), torch.tensor([[1.0, 1.0, 5.0, 5.0]]), torch.
         ({"padding": 0}, ValueError, "padding is 0; expected a positive number"),
         ({"padding": NAN}, ValueError, "padding is nan"),
         ({"mean": (0.5, 0.5)}, ValueError, r"mean is \(0\.5, 0\.5\); expected three"),
+        ({"mean": 0.5}, TypeError, r"mean is 0\.5; expected three numbers"),
+        ({"images": None}, TypeError, "images is NoneType; expected a list or a tensor"),
         ({"std": (1, 1, 0)}, ValueError, r"std is \(1, 1, 0\); expected positive"),
         ({"dtype": torch.float64}, TypeError, "dtype is torch.float64; expected"),
         ({"backend": "torch"}, kernelpose.BackendError, "crop_normalize has no torch backend"),

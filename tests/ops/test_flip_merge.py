@@ -247,6 +247,11 @@ ZEROS = torch.zeros(1, 3, 2, 2)
         (ZEROS, ZEROS.to("meta"), [], ValueError, "flipped is on meta; expected cpu"),
         (ZEROS, ZEROS, [(1, 3)], ValueError, r"flip_pairs holds \(1, 3\); expected joints below 3"),
         (ZEROS, ZEROS, [(0, 1), (1, 2)], ValueError, r"flip_pairs holds \(1, 2\); .* joint once"),
+        (ZEROS, ZEROS, torch.tensor([[0, 1], [1, 2]]), ValueError, r"flip_pairs holds \(1, 2\)"),
+        (ZEROS, ZEROS, [(0.0, 1.0)], TypeError, r"flip_pairs holds \(0\.0, 1\.0\); expected pairs"),
+        (ZEROS, ZEROS, [0, 1], TypeError, "flip_pairs holds 0; expected pairs of joints"),
+        (ZEROS, ZEROS, [(0, 1, 2)], TypeError, r"flip_pairs holds \(0, 1, 2\); expected pairs"),
+        (ZEROS, ZEROS, None, TypeError, "flip_pairs is None; expected pairs of joints"),
         (ZEROS, ZEROS, [(1, 1)], ValueError, r"flip_pairs holds \(1, 1\); expected each joint"),
     ],
 )

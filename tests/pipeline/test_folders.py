@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +169,40 @@ def test_what_is_done_is_on_the_disk_at_once(folder: Path) -> None:
         journal.add(source, outcome)
         assert Journal(path, {"--decode": "shift"}).outcome(source) == outcome
         assert Journal(path, {"--decode": "shift"}).outcome(Source(source.path, "other")) is None
+
+
+def test_a_full_disk_is_one_sentence(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Full(io.BytesIO):
+        """As a file's buffer: what could not be written is tried again by close."""
+
+        def flush(self) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        close = flush
+
+    opened = Path.open
+    monkeypatch.setattr(
+        Path,
+        "open",
+        lambda path, mode="r", *a, **k: Full() if mode == "ab" else opened(path, mode, *a, **k),
+    )
+    assert predict(folder) == 2
+    assert capsys.readouterr().err.endswith(
+        "out/keypoints.partial.jsonl cannot be written: No space left on device.\n"
+    )
+
+
+def test_a_name_that_the_terminal_cannot_show(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "3.png").rename(folder / "\u00e9.png")
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert main(["predict", str(folder / "\u00e9.png"), "--out", str(folder.parent / "out")]) == 0
+    stdout.flush()
+    assert rb"\xe9_pose.png" in stdout.buffer.getvalue()  # type: ignore[attr-defined]
 
 
 @pytest.mark.usefixtures("one_a_batch")

@@ -353,3 +353,19 @@ def test_errors_name_the_argument(mosaic) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             build()
+
+
+@pytest.mark.parametrize("values", [None, "abc", {}, [[1, 2, 3, 4], [5]]])
+def test_what_is_no_array(mosaic, values: object) -> None:
+    image = np.zeros((20, 20, 3), np.uint8)
+    for name, arguments in (("image", ({} if isinstance(values, str) else values,)),
+                            ("boxes", (image, values or {}))):  # fmt: skip
+        with pytest.raises(TypeError, match=f"{name} is .*; expected a tensor or an array"):
+            Predictor(mosaic)(*arguments)
+
+
+@pytest.mark.parametrize("flip_test", [True, False])
+def test_a_model_that_gives_no_heatmaps(mosaic, flip_test: bool) -> None:
+    mosaic.register_forward_hook(lambda model, inputs, output: (output,))
+    with pytest.raises(TypeError, match="model gives tuple; expected a tensor of heatmaps"):
+        Predictor(mosaic, flip_test=flip_test)(np.zeros((20, 20, 3), np.uint8))

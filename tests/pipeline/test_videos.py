@@ -108,6 +108,9 @@ def test_boxes_of_frames(clip: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(arguments) == 0
     assert "no box for 1 of the images: the whole image was taken" in capsys.readouterr().out
     assert len(json.loads((clip.parent / "out/keypoints.json").read_text())) == 9
+    boxes.write_text(json.dumps([found[0], entry(9, 5, 5, 20, 30)]))
+    assert main(arguments) == 1
+    assert f"boxes of {clip} name frame 9; expected 0 to 8" in capsys.readouterr().err
     boxes.write_text(json.dumps([found[0], entry(None, 1, 1, 5, 5)]))
     assert main(arguments) == 1
     assert f"a box of {clip} has no frame; expected the number" in capsys.readouterr().err
