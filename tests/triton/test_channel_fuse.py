@@ -14,10 +14,11 @@ from kernelpose.reference.channel_fuse import channel_fuse
 from tests.ops.test_channel_fuse import CASES, Case
 from tests.parity import assert_parity
 from tests.triton.aot import compile_all
+from tests.triton.cases import interpreted
 
 # The interpreter computes bfloat16 wrongly; tests/ops has it where a GPU is.
 DTYPES = [torch.float32, torch.float16]
-NAMES = [name for name, case in CASES.items() if 0 not in case.shape]
+NAMES = interpreted(CASES)
 
 
 def _run(case: Case, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
