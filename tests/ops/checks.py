@@ -132,6 +132,49 @@ def check_memory_formats(case: Case, backend: str) -> None:
             assert torch.equal(x, y)
 
 
+def check_inputs_kept(case: Case, backend: str, *, exact: bool = True) -> None:
+    """Inputs that start in the middle of a vector give what others give, and are not written."""
+    inputs = case.inputs(torch.float32, device_for(backend))
+    moved = []
+    for x in inputs:
+        memory = torch.full((x.numel() + 1,), torch.nan, device=x.device)
+        view = memory.as_strided(x.shape, x.stride(), 1).copy_(x.detach())
+        moved.append(view.requires_grad_())
+    copies = [x.detach().clone() for x in moved]
+    output, expected = case.run(moved, backend), case.run(inputs, backend)
+    grad = torch.ones_like(output)
+    pairs = zip(
+        (output, *gradients(output, moved, grad)),
+        (expected, *gradients(expected, inputs, grad)),
+        strict=True,
+    )
+    tolerance = 0 if exact else None
+    for ours, same in pairs:
+        torch.testing.assert_close(ours, same, rtol=tolerance, atol=tolerance)
+    assert all(torch.equal(*pair) for pair in zip(moved, copies, strict=True))
+
+
+def check_autocast_leaves_alone(case: Case, backend: str) -> None:
+    """Under autocast the op computes what it is given, as eager does."""
+    device = device_for(backend)
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = case.inputs(dtype, device)
+        expected = case.run(inputs, backend)
+        with torch.autocast(device, torch.bfloat16):
+            got, eager = case.run(inputs, backend), case.run(inputs, "eager")
+        assert got.dtype == eager.dtype == dtype and torch.equal(got, expected)
+
+
+def check_around_dispatcher(case: Case, backend: str) -> None:
+    """In inference mode, straight to the backend: what the registered op gives, bit for bit."""
+    inputs = case.inputs(torch.float32, device_for(backend))
+    registered = case.run(inputs, backend)
+    assert registered.grad_fn is not None
+    with torch.inference_mode():
+        direct = case.run([x.detach() for x in inputs], backend)
+    assert torch.equal(direct, registered) and direct.stride() == registered.stride()
+
+
 def check_deterministic(case: Case, backend: str) -> None:
     """The same bits on every call, gradients included, whatever the number of threads."""
     inputs = case.inputs(torch.float32, device_for(backend))

@@ -153,21 +153,7 @@ def test_deterministic_whatever_the_threads(name: str, backend: str) -> None:
 @pytest.mark.parametrize("backend", KERNELS)
 def test_inputs_are_never_written_wherever_they_start(backend: str) -> None:
     """Views that start in the middle of a vector give what others give."""
-    case = CASES["small"]
-    inputs = case.inputs(torch.float32, checks.device_for(backend))
-    moved = [torch.cat((x.flatten()[:1], x.flatten()))[1:].view_as(x).detach() for x in inputs]
-    copies = [x.clone() for x in moved]
-    leaves = [x.requires_grad_() for x in moved]
-    output, expected = case.run(leaves, backend), case.run(inputs, backend)
-    assert torch.equal(output, expected)
-    grad = torch.ones_like(output)
-    pairs = zip(
-        torch.autograd.grad(output, leaves, grad),
-        torch.autograd.grad(expected, inputs, grad),
-        strict=True,
-    )
-    assert all(torch.equal(*pair) for pair in pairs)
-    assert all(torch.equal(*pair) for pair in zip(leaves, copies, strict=True))
+    checks.check_inputs_kept(CASES["small"], backend)
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -203,24 +189,12 @@ def test_export(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_autocast_leaves_it_alone(backend: str) -> None:
-    case, device = CASES["small"], checks.device_for(backend)
-    for dtype in (torch.float32, torch.bfloat16):
-        inputs = case.inputs(dtype, device)
-        expected = case.run(inputs, backend)
-        with torch.autocast(device, torch.bfloat16):
-            got, eager = case.run(inputs, backend), case.run(inputs, "eager")
-        assert got.dtype == eager.dtype == dtype and torch.equal(got, expected)
+    checks.check_autocast_leaves_alone(CASES["small"], backend)
 
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_inference_mode_and_the_way_around_the_dispatcher(backend: str) -> None:
-    case = CASES["odd-tokens"]
-    inputs = case.inputs(torch.float32, checks.device_for(backend))
-    registered = case.run(inputs, backend)
-    assert registered.grad_fn is not None
-    with torch.inference_mode():
-        direct = case.run([x.detach() for x in inputs], backend)
-    assert torch.equal(direct, registered) and direct.stride() == registered.stride()
+    checks.check_around_dispatcher(CASES["odd-tokens"], backend)
 
 
 @pytest.mark.parametrize("backend", KERNELS)
