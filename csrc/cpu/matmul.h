@@ -3,7 +3,8 @@
 // C (m, n) = or += A (m, k) B (k, n). A is read an element at a time through any strides, so its
 // transpose costs nothing. B lies in panels of kPanel columns: column j of row i stands at
 // (j / kPanel) * b_panel + i * b_row + j % kPanel, which a row-major matrix satisfies with b_panel
-// = kPanel. n is a whole number of vectors: callers pad it.
+// = kPanel. n is a whole number of vectors: callers pad it. The product is summed before it is
+// added to C, so that a long sum taken in parts keeps its precision.
 #pragma once
 
 #include "simd.h"
@@ -36,7 +37,7 @@ inline void matmul_tile(int64_t k, Strided<const T> a, const T* b, int64_t b_row
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) {
-      sum[i][j] = kAdd ? load(c + i * c_row + j * kWidth<T>) : Vector<T>{};
+      sum[i][j] = Vector<T>{};
     }
   }
   for (int64_t s = 0; s < k; ++s) {
@@ -53,7 +54,10 @@ inline void matmul_tile(int64_t k, Strided<const T> a, const T* b, int64_t b_row
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) store(c + i * c_row + j * kWidth<T>, sum[i][j]);
+    for (int j = 0; j < kVectors; ++j) {
+      T* const to = c + i * c_row + j * kWidth<T>;
+      store(to, kAdd ? load(to) + sum[i][j] : sum[i][j]);
+    }
   }
 }
 

@@ -16,6 +16,7 @@ namespace {
 
 constexpr int64_t kStripPixels = 256;  // of an image whose results are mixed together
 constexpr int64_t kStripRows = 4;      // but no fewer rows: each strip reads 6 more than it has
+constexpr int64_t kSumPixels = 64;     // that are summed in registers
 
 // Pieces of one allocation, each of whole vectors. Without memory it only measures.
 template <class T>
@@ -105,6 +106,28 @@ void add_rows(const T* from, int64_t rows, int64_t columns, T* to) {
     store(to + c, load(to + c) + sum);
   }
 }
+
+// Gradients of one group's parameters, its channels filled up to whole vectors.
+template <class T>
+struct ParameterSums {
+  int64_t size;
+  T* all;
+  T* mix;       // (padded, mixed)
+  T* weights;   // (padded / n, kTaps, n)
+  T* biases;    // (mixed)
+  T* mix_bias;  // (padded)
+
+  ParameterSums(int64_t padded, int64_t mixed, Pieces<T>& pieces)
+      : size(padded * (mixed + kTaps + 1) + mixed),
+        all(pieces.take(size)),
+        mix(all),
+        weights(mix + padded * mixed),
+        biases(weights + padded * kTaps),
+        mix_bias(biases + mixed) {}
+
+  void clear() const { std::fill(all, all + size, T(0)); }
+  void add(const ParameterSums& other) const { add_rows(other.all, 1, size, all); }
+};
 
 // One group's parameters, its channels filled up to whole vectors.
 template <class T>
@@ -225,14 +248,12 @@ struct Backward {
   const MultiGranularityShape& shape;
   Group<T> group;
   int64_t tile_size;
-  T* mix;          // (padded, mixed): the mix's weight
-  T* of_mix;       // its gradient, and those of the other parameters
-  T* of_weights;   // (padded / n, kTaps, n)
-  T* of_biases;    // (mixed)
-  T* of_mix_bias;  // (padded)
-  T* tiles;        // of x, one for each vector of channels
-  T* tile;         // of a branch's gradient
-  T* pixels;       // of a vector's channels
+  T* mix;  // (padded, mixed): the mix's weight
+  // Long sums lose precision: some pixels', then an image's, then those of the images.
+  ParameterSums<T> image, total;
+  T* tiles;   // of x, one for each vector of channels
+  T* tile;    // of a branch's gradient
+  T* pixels;  // of a vector's channels
   T* rows;
   T* grads;     // (pixels, padded)
   T* branches;  // (pixels, mixed): their results and then their gradients
@@ -242,10 +263,8 @@ struct Backward {
         group(s, pieces),
         tile_size(Tile<T>::size(s.height(), s.width)),
         mix(pieces.take(group.padded * group.mixed)),
-        of_mix(pieces.take(group.padded * group.mixed)),
-        of_weights(pieces.take(group.padded * kTaps)),
-        of_biases(pieces.take(group.mixed)),
-        of_mix_bias(pieces.take(group.padded)),
+        image(group.padded, group.mixed, pieces),
+        total(group.padded, group.mixed, pieces),
         tiles(pieces.take(group.padded / n * tile_size)),
         tile(pieces.take(tile_size)),
         pixels(pieces.take(s.maps.pixels * n)),
@@ -266,15 +285,13 @@ struct Backward {
     }
     std::fill(tiles, tiles + group.padded / n * tile_size, T(0));
     std::fill(tile, tile + tile_size, T(0));
-    std::fill(of_mix, of_mix + group.padded * group.mixed, T(0));
-    std::fill(of_biases, of_biases + group.mixed, T(0));
-    std::fill(of_weights, of_weights + group.padded * kTaps, T(0));
-    std::fill(of_mix_bias, of_mix_bias + group.padded, T(0));
+    total.clear();
   }
 
   void run(int64_t which, const Element* grad_out, const Element* x, Element* grad_x) const {
     const int64_t count = shape.maps.pixels, height = shape.height();
     const int64_t first = which * group.channels, mixed = group.mixed, padded = group.padded;
+    image.clear();
     for (int64_t c = 0; c < group.channels; c += n) {
       const int64_t left = group.channels - c;
       read_channels(shape.maps, grad_out, first + c, left, 0, count, rows, grads + c, padded);
@@ -284,12 +301,17 @@ struct Backward {
       convolve(map, height, group.weights_of(c / n), group.biases_of(c / n), branches + c, padded,
                mixed);
     }
-    add_rows(grads, count, padded, of_mix_bias);
-    matmul<T, true>(padded, mixed, count, {grads, 1, padded}, branches, mixed, kPanel<T>, of_mix,
-                    mixed);
-    matmul<T, false>(count, mixed, padded, {grads, padded, 1}, mix, mixed, kPanel<T>, branches,
-                     mixed);
-    add_rows(branches, count, mixed, of_biases);
+    for (int64_t p = 0; p < count; p += kSumPixels) {
+      const int64_t some = std::min(kSumPixels, count - p);
+      const T* const grad = grads + p * padded;
+      T* const branch = branches + p * mixed;
+      add_rows(grad, some, padded, image.mix_bias);
+      matmul<T, true>(padded, mixed, some, {grad, 1, padded}, branch, mixed, kPanel<T>, image.mix,
+                      mixed);
+      matmul<T, false>(some, mixed, padded, {grad, padded, 1}, mix, mixed, kPanel<T>, branch,
+                       mixed);
+      add_rows(branch, some, mixed, image.biases);
+    }
     for (int64_t c = 0; c < group.channels; c += n) {
       through<0>(c);
       through<1>(c);
@@ -298,6 +320,7 @@ struct Backward {
       write_channels(shape.maps, pixels, n, zeros, grad_out, first + c,
                      std::min<int64_t>(n, group.channels - c), 0, count, rows, grad_x);
     }
+    total.add(image);
   }
 
   // Through one branch of the vector of channels from c on.
@@ -306,7 +329,7 @@ struct Backward {
     const int64_t height = shape.height();
     const Tile<T> map{tile, shape.width};
     map.fill(branches + kBranch * group.padded + c, group.mixed, 0, height, 0, height);
-    correlate<T, kBranch>(tile_of(c / n), map, height, of_weights + c * kTaps);
+    correlate<T, kBranch>(tile_of(c / n), map, height, kSumPixels, image.weights + c * kTaps);
     turn_back<T, kBranch, (kBranch > 0)>(map, height, group.weights_of(c / n), pixels);
   }
 
@@ -315,21 +338,22 @@ struct Backward {
     for (int b = 0; b < kBranches; ++b) {
       const int64_t taps = branch_side(b) * branch_side(b);
       for (int64_t c = 0; c < group.channels; ++c) {
-        const T* const from = of_weights + c / n * n * kTaps + branch_taps(b) * n + c % n;
+        const T* const from = total.weights + c / n * n * kTaps + branch_taps(b) * n + c % n;
         T* const kernel = static_cast<T*>(to.weights[b]) + (first + c) * taps;
         for (int64_t t = 0; t < taps; ++t) kernel[t] = from[t * n];
       }
-      const T* const bias = of_biases + b * group.padded;
+      const T* const bias = total.biases + b * group.padded;
       std::copy(bias, bias + group.channels, static_cast<T*>(to.biases[b]) + first);
     }
     T* mix_to = static_cast<T*>(to.mix_weight) + first * kBranches * group.channels;
     for (int64_t o = 0; o < group.channels; ++o) {
       for (int b = 0; b < kBranches; ++b, mix_to += group.channels) {
-        const T* const from = of_mix + o * group.mixed + b * group.padded;
+        const T* const from = total.mix + o * group.mixed + b * group.padded;
         std::copy(from, from + group.channels, mix_to);
       }
     }
-    std::copy(of_mix_bias, of_mix_bias + group.channels, static_cast<T*>(to.mix_bias) + first);
+    std::copy(total.mix_bias, total.mix_bias + group.channels,
+              static_cast<T*>(to.mix_bias) + first);
   }
 };
 

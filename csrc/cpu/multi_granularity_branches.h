@@ -156,24 +156,28 @@ void turn_back(const Tile<T>& tile, int64_t height, const T* weights, T* to) {
 }
 
 // Adds to the gradient of one branch's kernel: of each tap the sum over the pixels of the branch's
-// gradient times x at that tap.
+// gradient times x at that tap, after summing about `pixels` of them.
 template <class T, int kBranch>
-void correlate(const Tile<T>& x, const Tile<T>& gradient, int64_t height, T* of_weights) {
+void correlate(const Tile<T>& x, const Tile<T>& gradient, int64_t height, int64_t pixels,
+               T* of_weights) {
   constexpr int n = kWidth<T>, side = branch_side(kBranch), margin = side / 2;
+  const int64_t rows = std::max<int64_t>(1, pixels / x.width);
   of_weights += branch_taps(kBranch) * n;
   for (int dy = 0; dy < side; ++dy, of_weights += side * n) {
-    Vector<T> sum[side] = {};
-    for (int64_t h = 0; h < height; ++h) {
-      const T* const from = x.at(h + dy - margin, -margin);
-      const T* const grad = gradient.at(h, 0);
-      for (int64_t w = 0; w < x.width; ++w) {
-        const Vector<T> g = load(grad + w * n);
+    for (int64_t top = 0; top < height; top += rows) {
+      Vector<T> sum[side] = {};
+      for (int64_t h = top; h < std::min(height, top + rows); ++h) {
+        const T* const from = x.at(h + dy - margin, -margin);
+        const T* const grad = gradient.at(h, 0);
+        for (int64_t w = 0; w < x.width; ++w) {
+          const Vector<T> g = load(grad + w * n);
 #pragma GCC unroll 7
-        for (int dx = 0; dx < side; ++dx) sum[dx] += g * load(from + (w + dx) * n);
+          for (int dx = 0; dx < side; ++dx) sum[dx] += g * load(from + (w + dx) * n);
+        }
       }
-    }
-    for (int dx = 0; dx < side; ++dx) {
-      store(of_weights + dx * n, load(of_weights + dx * n) + sum[dx]);
+      for (int dx = 0; dx < side; ++dx) {
+        store(of_weights + dx * n, load(of_weights + dx * n) + sum[dx]);
+      }
     }
   }
 }

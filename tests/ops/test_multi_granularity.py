@@ -100,6 +100,21 @@ def test_gradcheck(tokens: bool) -> None:
 
 
 @pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("case", [Case((8, 48, 16, 12), 1), Case((1, 16, 64, 48), 1, tokens=True)])
+def test_long_sums_keep_their_precision(case: Case, backend: str) -> None:
+    """Gradients of parameters add thousands of pixels; one after the other loses 40 ULP here."""
+    inputs = case.inputs(torch.float32, checks.device_for(backend))
+    exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
+    torch.manual_seed(1)
+    grad = torch.randn(case.shape)
+    got = checks.gradients(case.run(inputs, backend), inputs, grad)
+    exact = checks.gradients(case.run(exact_inputs, "eager"), exact_inputs, grad)
+    ulp = torch.finfo(torch.float32).eps
+    for ours, exactly in zip(got[1:], exact[1:], strict=True):
+        assert (ours - exactly).abs().max() <= 20 * ulp * exactly.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("name", ["odd", "mitpose"])
 def test_memory_formats(name: str, backend: str) -> None:
     checks.check_memory_formats(_AsMaps(CASES[name]), backend)
