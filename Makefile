@@ -9,6 +9,9 @@ BIN := $(VENV)/bin
 IMAGE ?=
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
+# A test file a process, a thread each.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+
 CXX_FILES := $(shell find csrc tests/emulator -path '*/.build' -prune -o -name '*.h' -print \
   -o -name '*.cuh' -print -o -name '*.cpp' -print -o -name '*.cu' -print)
 SOURCES := $(shell find csrc -type f) setup.py CMakeLists.txt pyproject.toml
@@ -33,10 +36,10 @@ demo: setup
 	$(BIN)/kernelpose demo --out demo $(if $(IMAGE),--image "$(IMAGE)")
 
 test: setup lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-full: setup lint
-	$(BIN)/python -m pytest --full
+	$(PYTEST) --full
 
 bench: setup
 	$(BIN)/python -m pytest benchmarks --benchmark

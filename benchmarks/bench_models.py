@@ -1,4 +1,4 @@
-"""Whole models: a kernel that wins alone and loses here is not done."""
+"""Whole models and modules: a kernel that wins alone and loses here is not done."""
 
 from __future__ import annotations
 
@@ -15,17 +15,27 @@ import kernelpose
 from benchmarks.attention import Case
 from benchmarks.rows import Function, Row, time_forward
 from benchmarks.setup import compiled, parameters
+from kernelpose.nn import ScConv, WindowAttention
 from kernelpose.pipeline.timing import synchronized
 from tests.parity import assert_parity
 
-Model = tuple[str, dict[str, Any]]
+Subject = tuple[Callable[[], nn.Module], tuple[int, ...]]  # a model, and its input less the batch
+IMAGE = (3, 256, 192)
+
+
+def _model(name: str, **options: Any) -> Subject:
+    return functools.partial(kernelpose.create_model, name, **options), IMAGE
+
 
 WINDOWED = {"patch_stride": 8, "attention": "window+shift"}
-MODELS: dict[str, tuple[Model, tuple[int, ...]]] = {
-    "vitpose-s": (("vitpose-s", {}), (1,)),
-    "vitpose-b": (("vitpose-b", {}), (1,)),
-    "vitpose-s 1/8 shifted windows": (("vitpose-s", WINDOWED), (1,)),
-    "vitpose-b 1/8 shifted windows": (("vitpose-b", WINDOWED), (1,)),
+SUBJECTS: dict[str, tuple[Subject, tuple[int, ...]]] = {
+    "vitpose-s": (_model("vitpose-s"), (1,)),
+    "vitpose-b": (_model("vitpose-b"), (1,)),
+    "vitpose-s 1/8 shifted windows": (_model("vitpose-s", **WINDOWED), (1,)),
+    "vitpose-b 1/8 shifted windows": (_model("vitpose-b", **WINDOWED), (1,)),
+    "mitpose-b": (_model("mitpose-b"), (1, 8)),
+    "mitpose-b-released": (_model("mitpose-b-released"), (1,)),
+    "ScConv 768 tokens": ((functools.partial(ScConv, 768), (16 * 12, 768)), (1, 8)),
 }
 
 
@@ -57,33 +67,36 @@ def _forms(model: nn.Module, compiles: bool) -> dict[str, Function]:
     """The contenders. Each compiled form is a function of its own, with a cache of its own."""
     peer = _PeerAttention()
 
-    def ours(images: Tensor) -> Tensor:
-        return model(images)
+    def ours(x: Tensor) -> Tensor:
+        return model(x)
 
-    def eager(images: Tensor) -> Tensor:
+    def eager(x: Tensor) -> Tensor:
         with kernelpose.backend("eager"):
-            return model(images)
+            return model(x)
 
-    def sdpa(images: Tensor) -> Tensor:
-        return model(images)
+    def sdpa(x: Tensor) -> Tensor:
+        with kernelpose.backend("eager"):  # all but attention, which is the peer's
+            return model(x)
 
     def with_peer(function: Function) -> Function:
-        def run(images: Tensor) -> Tensor:
+        def run(x: Tensor) -> Tensor:
             with mock.patch.object(kernelpose.ops, "window_attention", peer):
-                return function(images)
+                return function(x)
 
         return run
 
-    forms: dict[str, Function] = {"kernelpose": ours, "eager": eager, "sdpa": with_peer(sdpa)}
+    attends = any(isinstance(module, WindowAttention) for module in model.modules())
+    others = {"eager": eager} | ({"sdpa": sdpa} if attends else {})
+    forms: dict[str, Function] = {"kernelpose": ours, **others}
     if compiles:
-        forms |= compiled({"kernelpose compile": ours, "compile": eager, "compile sdpa": sdpa})
-        forms["compile sdpa"] = with_peer(forms["compile sdpa"])
-    return forms
+        titles = {"kernelpose compile": ours, "compile": eager, "compile sdpa": sdpa}
+        forms |= compiled({name: f for name, f in titles.items() if attends or f is not sdpa})
+    return {name: with_peer(f) if name.endswith("sdpa") else f for name, f in forms.items()}
 
 
-@pytest.mark.parametrize(("described", "batch", "dtype"), parameters(MODELS))
+@pytest.mark.parametrize(("subject", "batch", "dtype"), parameters(SUBJECTS))
 def bench_model(
-    described: Model,
+    subject: Subject,
     batch: int,
     dtype: torch.dtype,
     device: torch.device,
@@ -93,26 +106,26 @@ def bench_model(
     request: pytest.FixtureRequest,
 ) -> None:
     torch.manual_seed(0)
-    name, options = described
-    model: Any = kernelpose.create_model(name, **options).to(device).eval()
-    images = torch.randn(1, 3, *model.image_size, device=device)
+    build, shape = subject
+    model = build().to(device).eval()
+    x = torch.randn(1, *shape, device=device)
     with torch.no_grad():
-        exact = model.double()(images.double())
+        exact = model.double()(x.double())
         model.to(dtype)
         forms = _forms(model, compiles)
-        eager = forms["eager"](images.to(dtype))
+        eager = forms["eager"](x.to(dtype))
         for form in ("kernelpose", "kernelpose compile"):
             if form in forms:
-                assert_parity(forms[form](images.to(dtype)), eager, exact, form)
+                assert_parity(forms[form](x.to(dtype)), eager, exact, form)
 
     # One set of inputs: in use too, images follow each other through the same weights, and those
     # and the activations are what fills an L2 cache.
-    images = torch.randn(batch, 3, *model.image_size, device=device, dtype=dtype)
-    times = time_forward(forms, [[images]], device)
+    x = torch.randn(batch, *shape, device=device, dtype=dtype)
+    times = time_forward(forms, [[x]], device)
     mine = tuple(form for form in forms if form.startswith("kernelpose"))
     # Each side in its better form: the user has the same choice with ours as without.
     chosen = min(mine, key=lambda form: times[form].median)
     row = Row("model", request.node.callspec.id, "forward", str(dtype)[6:], times, mine, chosen)
     record(row)
     with torch.no_grad():
-        benchmark(synchronized(functools.partial(forms[chosen], images)))
+        benchmark(synchronized(functools.partial(forms[chosen], x)))

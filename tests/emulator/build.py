@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -90,17 +91,22 @@ def _link(objects: Sequence[Path], file_name: str) -> Path:
 
 
 def _make(target: Path, command: Sequence[str]) -> Path:
-    """Run `command -o target` unless its result is cached; the target appears whole or not."""
-    if target.exists():
-        os.utime(target)
-        return target
-    _prune()
+    """Run `command -o target` unless its result is cached; the target appears whole or not.
+
+    Another process that wants the same target waits for it.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{os.getpid()}-{target.name}")
-    done = subprocess.run([*command, "-o", str(beside)], capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr[:4000]}")
-    beside.replace(target)
+    with target.with_name(f".{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.exists():
+            os.utime(target)
+            return target
+        _prune()
+        beside = target.with_name(f".{target.name}")
+        done = subprocess.run([*command, "-o", str(beside)], capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr[:4000]}")
+        beside.replace(target)
     return target
 
 
