@@ -7,6 +7,7 @@ are `hooked`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any
@@ -14,7 +15,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from kernelpose.nn import GRN, SRU, LocalPerception, WindowAttention
+from kernelpose.nn import (
+    GRN,
+    SRU,
+    DilatedPyramid,
+    HRPMv2,
+    LocalPerception,
+    MixFFN,
+    SRAttention,
+    WindowAttention,
+)
 
 
 @dataclass(frozen=True)
@@ -47,10 +57,10 @@ def count(model: nn.Module, image_size: tuple[int, int] = (256, 192), **inputs: 
     """
     layers = extra = attention = 0
 
-    def hook(module: nn.Module, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    def hook(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         nonlocal layers, extra, attention
         macs, beside = _layer_cost(module, arguments[0], output)
-        fused = fused_cost(module, arguments[0])
+        fused = fused_cost(module, *arguments)
         layers += macs + fused.layers
         extra += beside + fused.beside
         attention += fused.attention
@@ -72,7 +82,7 @@ def count(model: nn.Module, image_size: tuple[int, int] = (256, 192), **inputs: 
     return Count(parameters, layers, layers + extra, layers + attention)
 
 
-def _layer_cost(module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[int, int]:
+def _layer_cost(module: nn.Module, x: torch.Tensor, y: Any) -> tuple[int, int]:
     """Products of a layer, and what the hooked convention adds to them."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
         # A convolution applies its kernel at each output position, a transposed one at each input.
@@ -82,7 +92,7 @@ def _layer_cost(module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[in
         bias = y.numel() if module.bias is not None else 0
         return places * module.weight.numel(), bias
     if isinstance(module, (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)):
-        return 0, 2 * y.numel()
+        return 0, 2 * x.numel()
     if isinstance(module, nn.ReLU):
         return 0, y.numel()
     return 0, 0
@@ -101,8 +111,8 @@ class Fused:
 
 
 @singledispatch
-def fused_cost(module: object, x: torch.Tensor) -> Fused:
-    """Of one module's forward; modules around fused ops register theirs."""
+def fused_cost(module: object, *arguments: Any) -> Fused:
+    """Of one forward of a module with these arguments; modules around fused ops register theirs."""
     return Fused()
 
 
@@ -138,3 +148,34 @@ def _(module: LocalPerception, x: torch.Tensor) -> Fused:
     # The channel gate runs on two vectors, means and maxima.
     vectors, hidden = 2 * x.shape[0], module.CA.fc1.out_channels
     return Fused(layers + vectors * 2 * channels * hidden, beside + vectors * hidden)
+
+
+@fused_cost.register
+def _(module: SRAttention, x: torch.Tensor, feat_size: tuple[int, int]) -> Fused:
+    keys = math.prod(side // module.sr_ratio for side in feat_size)
+    return Fused(attention=2 * x.numel() * keys)
+
+
+@fused_cost.register
+def _(module: MixFFN, x: torch.Tensor, feat_size: tuple[int, int]) -> Fused:
+    places = x.numel() // x.shape[2]
+    weight = module.dwconv.weight
+    return Fused(places * weight.numel(), places * weight.shape[0])
+
+
+@fused_cost.register
+def _(module: DilatedPyramid, x: torch.Tensor) -> Fused:
+    rows, columns = (-(-side // module.stride) for side in x.shape[2:])
+    weights = [conv.weight for conv, _ in module.pairs()]
+    places = x.shape[0] * rows * columns
+    # Folded, yet counted as it stands: a BatchNorm and a ReLU of each map.
+    outputs = sum(weight.shape[0] for weight in weights)
+    return Fused(places * sum(weight.numel() for weight in weights), 3 * places * outputs)
+
+
+@fused_cost.register
+def _(module: HRPMv2, x: torch.Tensor, feat_size: tuple[int, int]) -> Fused:
+    places = x.numel() // x.shape[2]
+    layers = places * (module.up.weight.numel() + module.down.weight.numel())
+    # BatchNorm and ReLU at four times the places, BatchNorm at theirs.
+    return Fused(layers, places * (12 * module.up.out_channels + 2 * module.down.out_channels))

@@ -1,4 +1,4 @@
-"""Decoders: from the feature map of an encoder to one heatmap a keypoint."""
+"""Decoders: from the feature map of an encoder to one heatmap a keypoint, or to SimCC logits."""
 
 from __future__ import annotations
 
@@ -61,6 +61,49 @@ class SimpleDecoder(nn.Module):
         return heatmaps
 
 
+class SimCCHead(nn.Module):
+    """A 1x1 convolution to one map a keypoint, then one linear for each axis, to logits of bins.
+
+    Li et al., "SimCC: a Simple Coordinate Classification Perspective for Human Pose Estimation",
+    2022; no upsampling. Names are those of mmpose's SimCCHead without its deconvolutions.
+
+    Args:
+        in_channels: width of the encoder's map.
+        num_keypoints: joints.
+        grid: (h, w) of the encoder's map.
+        image_size: (height, width) of the input.
+        split_ratio: bins per pixel.
+
+    forward: (B, in_channels, h, w) -> (B, K, width bins), (B, K, height bins).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_keypoints: int,
+        *,
+        grid: tuple[int, int],
+        image_size: tuple[int, int],
+        split_ratio: float = 2.0,
+    ) -> None:
+        super().__init__()
+        check_num_keypoints(num_keypoints)
+        if not split_ratio > 0:
+            raise ValueError(f"split_ratio is {split_ratio}; expected a positive number.")
+        rows, columns = (round(side * split_ratio) for side in image_size)
+        self.final_layer = nn.Conv2d(in_channels, num_keypoints, 1)
+        self.mlp_head_x = nn.Linear(grid[0] * grid[1], columns)
+        self.mlp_head_y = nn.Linear(grid[0] * grid[1], rows)
+        _init(self)
+        for linear in (self.mlp_head_x, self.mlp_head_y):
+            nn.init.normal_(linear.weight, std=0.01)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        maps = self.final_layer(features).flatten(2)
+        return self.mlp_head_x(maps), self.mlp_head_y(maps)
+
+
 def build_decoder(
     name: str,
     in_channels: int,
@@ -69,7 +112,7 @@ def build_decoder(
     upsample: int,
     deconv_channels: Sequence[int] | None = None,
 ) -> nn.Module:
-    """A decoder that gains a factor of `upsample` (a power of two).
+    """A decoder to heatmaps that gains a factor of `upsample` (a power of two).
 
     Args:
         name: "classic" or "simple".
@@ -80,8 +123,7 @@ def build_decoder(
 
     Raises ValueError for another name, and for a number of widths that does not reach `upsample`.
     """
-    if not isinstance(num_keypoints, int) or num_keypoints < 1:
-        raise ValueError(f"num_keypoints is {num_keypoints!r}; expected an integer of at least 1.")
+    check_num_keypoints(num_keypoints)
     if name == "simple":
         if deconv_channels is not None:
             raise ValueError(
@@ -98,6 +140,16 @@ def build_decoder(
             )
         return ClassicDecoder(in_channels, num_keypoints, channels)
     raise ValueError(f"decoder is {name!r}; expected 'classic' or 'simple'.")
+
+
+def heatmap_size(grid: tuple[int, int], upsample: int) -> tuple[int, int]:
+    """(height, width) of the heatmaps that `build_decoder`'s decoders make of a map (h, w)."""
+    return grid[0] * upsample, grid[1] * upsample
+
+
+def check_num_keypoints(number: object) -> None:
+    if not isinstance(number, int) or number < 1:
+        raise ValueError(f"num_keypoints is {number!r}; expected an integer of at least 1.")
 
 
 def _init(decoder: nn.Module) -> None:

@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from kernelpose.models.heatmap_model import HeatmapModel
+from kernelpose.models.decoders import build_decoder, heatmap_size
+from kernelpose.models.pose_model import PoseModel
 from kernelpose.models.mitpose_released import ReleasedTransformer
 from kernelpose.models.vit import PATCH_SIZE, VisionTransformer
 from kernelpose.models.vitpose import SIZES as VITPOSE_SIZES
@@ -30,7 +31,7 @@ SIZES: dict[str, dict[str, Any]] = {
 LAYOUTS = ("figure", "released")
 
 
-class MiTPOSE(HeatmapModel):
+class MiTPOSE(PoseModel):
     """One heatmap a keypoint, from a vision transformer with convolutions inside.
 
     Layout "figure": x + GRN(CRU(SRU(x))) once, after the patch embedding; in each block local
@@ -58,7 +59,7 @@ class MiTPOSE(HeatmapModel):
     parts: ClassVar[Mapping[str, Sequence[str]]] = {
         "attention": (".attn.", ".norm1.", ".ln1."),
         "mlp": (".mlp.", ".ffn.", ".norm2.", ".ln2.", "patch_embed.", "pos_embed"),
-        **HeatmapModel.parts,
+        **PoseModel.parts,
     }
 
     def __init__(
@@ -107,14 +108,17 @@ class MiTPOSE(HeatmapModel):
             )
         super().__init__(
             backbone,
-            channels=embed_dim,
-            grid=backbone.grid,
+            head=partial(
+                build_decoder,
+                decoder,
+                embed_dim,
+                upsample=PATCH_SIZE // 4,
+                deconv_channels=deconv_channels,
+            ),
             num_keypoints=num_keypoints,
             image_size=image_size,
+            heatmap_size=heatmap_size(backbone.grid, PATCH_SIZE // 4),
             least_side=PATCH_SIZE,
-            upsample=PATCH_SIZE // 4,
-            decoder=decoder,
-            deconv_channels=deconv_channels,
         )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
-from kernelpose.models.heatmap_model import HeatmapModel
+from kernelpose.models.decoders import build_decoder, heatmap_size
+from kernelpose.models.pose_model import PoseModel
 from kernelpose.models.vit import PATCH_PADDING, VisionTransformer
 from kernelpose.models.zoo import register
 
@@ -23,7 +25,7 @@ ATTENTIONS = ("full", "window", "window+shift", "window+pool", "window+shift+poo
 _WINDOWS = {16: (8, 6), 8: (8, 8)}
 
 
-class ViTPose(HeatmapModel):
+class ViTPose(PoseModel):
     """A plain vision transformer and a light decoder: one heatmap a keypoint.
 
     The state_dict has the names of the released code (backbone.patch_embed.proj, pos_embed,
@@ -58,7 +60,7 @@ class ViTPose(HeatmapModel):
     parts: ClassVar[Mapping[str, Sequence[str]]] = {
         "attention": (".attn.", ".norm1."),
         "mlp": (".mlp.", ".norm2.", "patch_embed.", "pos_embed"),
-        **HeatmapModel.parts,
+        **PoseModel.parts,
     }
 
     def __init__(
@@ -104,14 +106,17 @@ class ViTPose(HeatmapModel):
         )
         super().__init__(
             backbone,
-            channels=embed_dim,
-            grid=backbone.grid,
+            head=partial(
+                build_decoder,
+                decoder,
+                embed_dim,
+                upsample=patch_stride // 4,
+                deconv_channels=deconv_channels,
+            ),
             num_keypoints=num_keypoints,
             image_size=image_size,
+            heatmap_size=heatmap_size(backbone.grid, patch_stride // 4),
             least_side=patch_stride,
-            upsample=patch_stride // 4,
-            decoder=decoder,
-            deconv_channels=deconv_channels,
         )
 
 

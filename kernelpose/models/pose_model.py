@@ -1,29 +1,27 @@
-"""An encoder and one decoder for each data set: what the heatmap models have in common."""
+"""An encoder and one decoder for each data set: what the pose models have in common."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import nn
 
-from kernelpose.models.decoders import build_decoder
 
-
-class HeatmapModel(nn.Module):
-    """Normalised images to one heatmap a keypoint.
+class PoseModel(nn.Module):
+    """Normalised images to one heatmap a keypoint, or to SimCC logits over columns and rows.
 
     Its encoder is `backbone`, its decoder `keypoint_head`, or keypoint_heads.<data set> of several.
 
     Args:
-        backbone: (B, 3, H, W) images to (B, channels, h, w) features.
-        channels, grid: of the features, grid as (h, w) for an image of `image_size`.
+        backbone: (B, 3, H, W) images to (B, C, h, w) features.
+        head: makes a decoder of those features for a number of keypoints.
         num_keypoints: joints, or {data set: joints} for one decoder each on the one encoder.
         image_size: (height, width) that the model is made for.
+        heatmap_size: (height, width) of the heatmaps of such an image; None for a decoder that
+            gives SimCC logits, and takes images of that size alone.
         least_side: of an image, in pixels.
-        upsample: heatmap size over feature size.
-        decoder, deconv_channels: see `kernelpose.models.decoders.build_decoder`.
 
     Raises ValueError, with the argument's name, for a value out of its range.
     """
@@ -35,14 +33,11 @@ class HeatmapModel(nn.Module):
         self,
         backbone: nn.Module,
         *,
-        channels: int,
-        grid: tuple[int, int],
+        head: Callable[[int], nn.Module],
         num_keypoints: int | Mapping[str, int],
         image_size: tuple[int, int],
+        heatmap_size: tuple[int, int] | None,
         least_side: int,
-        upsample: int,
-        decoder: str,
-        deconv_channels: Sequence[int] | None,
     ) -> None:
         super().__init__()
         if isinstance(num_keypoints, Mapping) and (
@@ -54,39 +49,41 @@ class HeatmapModel(nn.Module):
             )
         self.num_keypoints = num_keypoints
         self.image_size = tuple(image_size)
-        self.heatmap_size = tuple(side * upsample for side in grid)
+        self.heatmap_size = heatmap_size
         self.least_side = least_side
         self.backbone = backbone
-
-        def head(keypoints: int) -> nn.Module:
-            return build_decoder(
-                decoder, channels, keypoints, upsample=upsample, deconv_channels=deconv_channels
-            )
-
         if isinstance(num_keypoints, Mapping):
             self.keypoint_heads = nn.ModuleDict({k: head(v) for k, v in num_keypoints.items()})
         else:
             self.keypoint_head = head(num_keypoints)
 
-    def forward(self, images: torch.Tensor, dataset: str | None = None) -> torch.Tensor:
-        """Heatmaps of normalised images.
+    def forward(
+        self, images: torch.Tensor, dataset: str | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Heatmaps, or SimCC logits, of normalised images.
 
         Args:
             images: (B, 3, H, W), the dtype of the weights (or any under autocast).
             dataset: whose decoder to run, where the model has several.
 
-        Returns (B, K, H / 4, W / 4). Raises ValueError for another shape or data set.
+        Returns heatmaps (B, K, H / 4, W / 4), or logits (B, K, bins of the width) and (B, K, bins
+        of the height). Raises ValueError for another shape or data set.
         """
         least = self.least_side
         if images.dim() != 4 or images.shape[1] != 3 or min(images.shape[2:]) < least:
             raise ValueError(
                 f"images has shape {tuple(images.shape)}; expected (B, 3, H, W), H, W >= {least}."
             )
+        if self.heatmap_size is None and tuple(images.shape[2:]) != self.image_size:
+            raise ValueError(
+                f"images has shape {tuple(images.shape)}; expected (B, 3, {self.image_size[0]}, "
+                f"{self.image_size[1]}), the size whose bins the SimCC decoder has."
+            )
         if not images.is_floating_point():
             raise TypeError(f"images is {images.dtype}; expected normalised floating-point values.")
         head = self._head(dataset)
-        heatmaps: torch.Tensor = head(self.backbone(images))
-        return heatmaps
+        found: torch.Tensor | tuple[torch.Tensor, torch.Tensor] = head(self.backbone(images))
+        return found
 
     def _head(self, dataset: str | None) -> nn.Module:
         if isinstance(self.num_keypoints, Mapping):
@@ -113,7 +110,7 @@ class HeatmapModel(nn.Module):
                 parameter.requires_grad_(False)
         self.train(self.training)
 
-    def train(self, mode: bool = True) -> HeatmapModel:
+    def train(self, mode: bool = True) -> PoseModel:
         """As nn.Module, except that drop path does not disturb an encoder frozen as a whole."""
         super().train(mode)
         if not any(parameter.requires_grad for parameter in self.backbone.parameters()):

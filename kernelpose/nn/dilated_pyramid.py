@@ -1,0 +1,79 @@
+"""A chain of dilated convolutions, whose every map counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from kernelpose.nn import _plain as ops
+from kernelpose.nn.folding import Folder, Pair, can_fold
+
+
+class DilatedPyramid(nn.Module):
+    """x (B, C, H, W) -> the maps f_1, f_2, ... with f_i = ReLU(BN(conv 3x3 of f_(i-1))), f_0 = x.
+
+    Concatenated (B, n * width, h, w), or added up (B, width, h, w). Dilations that share no divisor
+    (1, 2, 5) leave no hole in what a map has seen ("Understanding Convolution for Semantic
+    Segmentation"). In eval mode the norms are folded into the convolutions and
+    `kernelpose.ops.dilated_pyramid` runs; live norms take the modules one by one.
+
+    Args:
+        in_channels: C.
+        width: of each map.
+        dilations: of each convolution; the padding is as large.
+        stride: of the first convolution, 1 or 2.
+        mode: "concat" or "sum".
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        dilations: Sequence[int],
+        *,
+        stride: int = 1,
+        mode: str = "concat",
+    ) -> None:
+        super().__init__()
+        self.dilations = tuple(dilations)
+        self.stride = stride
+        self.mode = mode
+        self.convs = nn.ModuleList(
+            nn.Conv2d(
+                width if i else in_channels,
+                width,
+                3,
+                stride=1 if i else stride,
+                padding=dilation,
+                dilation=dilation,
+                bias=False,
+            )
+            for i, dilation in enumerate(self.dilations)
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for _ in self.dilations)
+        self._folder = Folder()
+
+    def pairs(self) -> list[Pair]:
+        """The convolutions, each with its norm."""
+        return cast("list[Pair]", list(zip(self.convs, self.norms, strict=True)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = self.pairs()
+        if can_fold([norm for _, norm in pairs]):
+            folded = self._folder(pairs)
+            return ops.dilated_pyramid(
+                x,
+                [weight for weight, _ in folded],
+                [bias for _, bias in folded],
+                dilations=self.dilations,
+                stride=self.stride,
+                mode=self.mode,
+            )
+        maps = []
+        for conv, norm in pairs:
+            x = torch.relu(norm(conv(x)))
+            maps.append(x)
+        return torch.cat(maps, 1) if self.mode == "concat" else torch.stack(maps).sum(0)

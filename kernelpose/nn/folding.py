@@ -1,0 +1,69 @@
+"""BatchNorms folded into the convolutions before them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from kernelpose.ops._register import is_plain, no_autocast
+
+Convolution = nn.Conv2d | nn.ConvTranspose2d
+Pair = tuple[Convolution, _BatchNorm]  # a convolution of one group, and the norm of its result
+
+
+def can_fold(norms: Sequence[_BatchNorm]) -> bool:
+    """Whether norms use the statistics they keep, as in eval mode, rather than those of a batch."""
+    return all(not norm.training and norm.running_var is not None for norm in norms)
+
+
+def fold(conv: Convolution, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Weight and bias of one convolution that equals conv and then norm with its statistics.
+
+    Computed in float32 at least, given in the dtype of conv's weight, and differentiable.
+    """
+    assert norm.running_mean is not None and norm.running_var is not None
+    dtype = torch.promote_types(conv.weight.dtype, torch.float32)
+    factor = (norm.running_var.to(dtype) + norm.eps).rsqrt() * norm.weight.to(dtype)
+    shift = -norm.running_mean.to(dtype)
+    if conv.bias is not None:
+        shift = shift + conv.bias.to(dtype)
+    bias = shift * factor + norm.bias.to(dtype)
+    out_first = (1, -1) if isinstance(conv, nn.ConvTranspose2d) else (-1, 1)
+    weight = conv.weight.to(dtype) * factor.view(*out_first, 1, 1)
+    return weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)
+
+
+class Folder:
+    """`fold` of several pairs, which keeps what it made until a tensor it was made of changes.
+
+    What it keeps is made anew where a gradient is wanted or something traces. A change through
+    `.data` goes unseen. A copy or a file holds nothing.
+    """
+
+    def __init__(self) -> None:
+        self._kept: tuple[Any, list[tuple[Tensor, Tensor]]] = (None, [])
+
+    def __call__(self, pairs: Sequence[Pair]) -> list[tuple[Tensor, Tensor]]:
+        tensors = [
+            tensor
+            for conv, norm in pairs
+            for tensor in (conv.weight, conv.bias, *norm.parameters(), *norm.buffers())
+            if tensor is not None
+        ]
+        if not is_plain(*tensors):
+            return [fold(*pair) for pair in pairs]
+        key = [
+            (t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, t.device)
+            for t in tensors
+        ]
+        if self._kept[0] != key:
+            with torch.inference_mode(False), torch.no_grad(), no_autocast(tensors[0]):
+                self._kept = (key, [fold(*pair) for pair in pairs])
+        return self._kept[1]
+
+    def __reduce__(self) -> tuple[type[Folder], tuple[()]]:
+        return Folder, ()
