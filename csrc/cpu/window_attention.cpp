@@ -314,8 +314,10 @@ class Backward {
       int64_t tokens[kQueries];
       cell.list(first, queries, tokens);
       block_gradients(image, head, cell, sizes, first, queries, tokens, reversed, scratch);
-      accumulate(sizes, queries, scratch.grad_scores, scratch.queries, scratch.grad_keys);
-      accumulate(sizes, queries, scratch.weights, scratch.grad_out, scratch.grad_values);
+      add_transposed(sizes, queries, scratch.grad_scores, scratch.queries, sizes.dim_pad,
+                     scratch.grad_keys);
+      add_transposed(sizes, queries, scratch.weights, scratch.grad_out, sizes.dim_pad,
+                     scratch.grad_values);
       if (sizes.own_keys == 0) continue;
       matmul<T, false>(queries, sizes.dim_pad, sizes.keys, {scratch.grad_scores, sizes.keys_pad, 1},
                        scratch.keys, sizes.dim_pad, kPanel<T>, scratch.grad_queries, sizes.dim_pad);
@@ -356,38 +358,21 @@ class Backward {
       T* weights = scratch.weights + i * sizes.keys_pad;
       T* grads = scratch.grad_scores + i * sizes.keys_pad;
       const int64_t token = tokens[i];
-      for (int64_t j = sizes.keys; j < sizes.keys_pad; ++j) weights[j] = -__builtin_inf();
-      const T row_lse = lse[token] * T(kLog2E);
-      Vector<T> products = {};
-      for (int64_t j = 0; j < sizes.keys_pad; j += kWidth<T>) {
-        const Vector<T> p = power_of_two(load(weights + j) - row_lse);
-        store(weights + j, p);
-        products += p * load(grads + j);
-      }
+      T mean = recompute_weights(weights, grads, sizes, lse[token] * T(kLog2E));
       // The mean of the weights' gradients: summed here where all keys of the query are at hand,
       // which is exact where `out` was rounded; else through out, to which it is equal.
-      T mean = reduce_sum<T>(products);
       if (sizes.own_keys == 0) {
         const T* grad_row = scratch.grad_out + i * sizes.dim_pad;
         const Element* out_row = out.row(token);
         mean = 0;
         for (int c = 0; c < sizes.head_dim; ++c) mean += grad_row[c] * to_compute(out_row[c]);
       }
-      for (int64_t j = 0; j < sizes.keys_pad; j += kWidth<T>) {
-        store(grads + j, load(weights + j) * (load(grads + j) - mean));
-      }
+      score_gradients(weights, grads, sizes, mean);
     }
   }
 
   // Gradients of the keys are sums over scaled queries, which carry log2(e): this takes it out.
   static constexpr T kKeyFactor = T(kLn2);
-
-  // grad (keys, dim_pad) += by_query (queries, keys)^T . rows (queries, dim_pad)
-  static void accumulate(const CellSizes<T>& sizes, int queries, const T* by_query, const T* rows,
-                         T* grad) {
-    matmul<T, true>(sizes.keys, sizes.dim_pad, queries, {by_query, 1, sizes.keys_pad}, rows,
-                    sizes.dim_pad, kPanel<T>, grad, sizes.dim_pad);
-  }
 
   // Partials are reversed tables, one a task.
   void reduce_bias(int64_t head) {

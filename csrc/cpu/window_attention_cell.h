@@ -1,9 +1,8 @@
-// One cell of the map as dense matrices: gathering its rows, its bias, its softmax.
+// One cell of the map as dense matrices: gathering its rows, its bias, its scores.
 #pragma once
 
+#include "attention.h"
 #include "kernelpose/window_attention.h"
-#include "matmul.h"
-#include "simd.h"
 
 namespace kernelpose::cpu::KP_ISA {
 
@@ -53,15 +52,6 @@ inline int cell_pool(const WindowAttentionShape& shape, int cell) {
          shape.columns.pool(cell % columns);
 }
 
-// Tokens of one head in one image of a packed qkv map, or of one of its parts.
-template <class Element>
-struct HeadView {
-  Element* data;
-  int64_t stride;  // elements from token to token
-
-  Element* row(int64_t token) const { return data + token * stride; }
-};
-
 template <class Element>
 HeadView<Element> qkv_view(Element* qkv, const WindowAttentionShape& shape, int64_t image, int head,
                            int part) {
@@ -78,41 +68,15 @@ HeadView<Element> map_view(Element* map, const WindowAttentionShape& shape, int6
   return {map + image * shape.tokens() * channels + int64_t{head} * shape.head_dim, channels};
 }
 
-// Scratch memory is handed out in pieces that start on a cache line.
 template <class T>
-class Arena {
- public:
-  explicit Arena(T* memory) : memory_(memory) {}
-  T* take(int64_t elements) {
-    T* piece = memory_ + used_;
-    used_ += piece_size(elements);
-    return memory_ ? piece : nullptr;
-  }
-  int64_t used() const { return used_; }
-  static int64_t piece_size(int64_t elements) { return round_up(elements, 64 / sizeof(T)); }
-
- private:
-  T* memory_;
-  int64_t used_ = 0;
-};
-
-// Sizes of one cell's matrices. Widths are padded so that every row is whole vectors.
-template <class T>
-struct CellSizes {
-  int tokens;        // queries, the tokens of the cell
-  int own_keys;      // keys among them: all or none
-  int keys;          // own and pooled keys
-  int64_t keys_pad;  // a multiple of the vector width
-  int head_dim;
-  int64_t dim_pad;
+struct CellSizes : AttentionSizes<T> {
+  int tokens;    // queries, the tokens of the cell
+  int own_keys;  // keys among them: all or none; the others are the pooled ones
 
   CellSizes(const WindowAttentionShape& shape, int cell_tokens, int cell_own_keys)
-      : tokens(cell_tokens),
-        own_keys(cell_own_keys),
-        keys(cell_own_keys + shape.pools()),
-        keys_pad(round_up(keys, kWidth<T>)),
-        head_dim(shape.head_dim),
-        dim_pad(round_up(shape.head_dim, kWidth<T>)) {}
+      : AttentionSizes<T>(cell_own_keys + shape.pools(), shape.head_dim),
+        tokens(cell_tokens),
+        own_keys(cell_own_keys) {}
 };
 
 inline int largest_cell(const WindowAttentionShape& shape) {
@@ -124,14 +88,6 @@ inline int largest_cell(const WindowAttentionShape& shape) {
     return most;
   };
   return longest(shape.rows) * longest(shape.columns);
-}
-
-// One token's row, times `factor`, with its padding.
-template <class Element>
-void gather_row(const Element* from, Compute<Element> factor,
-                const CellSizes<Compute<Element>>& sizes, Compute<Element>* row) {
-  read_row(from, sizes.head_dim, factor, row);
-  for (int64_t c = sizes.head_dim; c < sizes.dim_pad; ++c) row[c] = 0;
 }
 
 // The keys (or values) of a cell: its own if they count, then the pooled ones; (keys, dim_pad).
@@ -149,28 +105,6 @@ void gather_keys(const HeadView<const Element>& view, const CellTokens& cell,
     gather_row(pooled + int64_t{j - sizes.own_keys} * sizes.head_dim, T(1), sizes,
                rows + j * sizes.dim_pad);
   }
-}
-
-// (keys, dim_pad) -> panels of keys: key j, channel c at panel(j)[c * kPanel + j % kPanel].
-template <class T>
-void transpose_to_panels(const T* rows, const CellSizes<T>& sizes, T* panels) {
-  constexpr int n = kWidth<T>;
-  for (int64_t key = 0; key < sizes.keys_pad; key += n) {
-    T* panel = panels + key / kPanel<T> * kPanel<T> * sizes.dim_pad + key % kPanel<T>;
-    for (int64_t c = 0; c < sizes.dim_pad; c += n) {
-      Vector<T> square[n];
-      for (int i = 0; i < n; ++i) {
-        square[i] = key + i < sizes.keys ? load(rows + (key + i) * sizes.dim_pad + c) : Vector<T>{};
-      }
-      transpose_square<T>(square);
-      for (int i = 0; i < n; ++i) store(panel + (c + i) * kPanel<T>, square[i]);
-    }
-  }
-}
-
-template <class T>
-int64_t panels_size(const CellSizes<T>& sizes) {
-  return round_up(sizes.keys_pad, kPanel<T>) * sizes.dim_pad;
 }
 
 // The bias table of one head, times log2(e), backwards: the keys of a row of the cell, left to
@@ -216,50 +150,6 @@ void block_scores(const WindowAttentionShape& shape, const CellTokens& cell,
                   [&](T* run, int64_t start, int count) {
                     for (int x = 0; x < count; ++x) run[x] += reversed[start + x];
                   });
-  }
-}
-
-// 2^(score - largest), in place, for kRows rows of scores in base 2; returns the largest and the
-// sum of each. Rows go together because each alone is a chain of dependent steps.
-template <class T, int kRows>
-void softmax_rows(T* rows, const CellSizes<T>& sizes, T* largest, T* sums) {
-  for (int r = 0; r < kRows; ++r) {
-    T* row = rows + r * sizes.keys_pad;
-    for (int64_t j = sizes.keys; j < sizes.keys_pad; ++j) row[j] = -__builtin_inf();
-  }
-  Vector<T> most[kRows], total[kRows];
-  for (int r = 0; r < kRows; ++r) most[r] = load(rows + r * sizes.keys_pad);
-  for (int64_t j = kWidth<T>; j < sizes.keys_pad; j += kWidth<T>) {
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      most[r] = maximum(most[r], load(rows + r * sizes.keys_pad + j));
-    }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    largest[r] = reduce_maximum<T>(most[r]);
-    most[r] = broadcast(largest[r]);
-    total[r] = Vector<T>{};
-  }
-  for (int64_t j = 0; j < sizes.keys_pad; j += kWidth<T>) {
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      T* at = rows + r * sizes.keys_pad + j;
-      const Vector<T> e = power_of_two(load(at) - most[r]);
-      store(at, e);
-      total[r] += e;
-    }
-  }
-  for (int r = 0; r < kRows; ++r) sums[r] = reduce_sum<T>(total[r]);
-}
-
-template <class T>
-void softmax_block(T* scores, int queries, const CellSizes<T>& sizes, T* largest, T* sums) {
-  int i = 0;
-  for (; i + 4 <= queries; i += 4) {
-    softmax_rows<T, 4>(scores + i * sizes.keys_pad, sizes, largest + i, sums + i);
-  }
-  for (; i < queries; ++i) {
-    softmax_rows<T, 1>(scores + i * sizes.keys_pad, sizes, largest + i, sums + i);
   }
 }
 

@@ -9,6 +9,7 @@ from kernelpose.ops.flip_merge import flip_merge
 from kernelpose.ops.grn import grn
 from kernelpose.ops.heatmap_loss import heatmap_loss
 from kernelpose.ops.multi_granularity import multi_granularity
+from kernelpose.ops.reduced_attention import reduced_attention
 from kernelpose.ops.spatial_gate import spatial_gate
 from kernelpose.ops.window_attention import window_attention
 
@@ -22,6 +23,7 @@ __all__ = [
     "grn",
     "heatmap_loss",
     "multi_granularity",
+    "reduced_attention",
     "spatial_gate",
     "window_attention",
 ]

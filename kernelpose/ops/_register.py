@@ -24,7 +24,7 @@ def register(
     fake: Callable[..., Any],
     *,
     autograd: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
-    autocast: bool = True,
+    autocast: int = 1,
 ) -> Callable[..., Any]:
     """Define kernelpose::<name> and return it.
 
@@ -32,8 +32,8 @@ def register(
     fake: the same for tensors without storage.
     autograd: (setup_context, backward) as torch.library.register_autograd takes them.
 
-    autocast: whether the first argument is cast to autocast's dtype under autocast; others never
-        are. False for an op that computes in float32 whatever it is given.
+    autocast: how many of the first arguments, tensors all, are cast to autocast's dtype under
+        autocast. False for an op that computes in float32 whatever it is given.
     """
     qualified = f"kernelpose::{name}"
     _library.define(f"{name}{signature}", tags=(torch.Tag.pt2_compliant_tag,))
@@ -48,18 +48,21 @@ def register(
     op = getattr(torch.ops.kernelpose, name).default
     for device in ("cpu", "cuda") if autocast else ():
         key = f"Autocast{device.upper()}" if device == "cuda" else "AutocastCPU"
-        _library.impl(name, _autocast(op, device, key), key)
+        _library.impl(name, _autocast(op, autocast, device, key), key)
     return op
 
 
-def _autocast(op: Callable[..., Any], device: str, key: str) -> Callable[..., Any]:
+def _autocast(op: Callable[..., Any], count: int, device: str, key: str) -> Callable[..., Any]:
     excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-    def cast_and_run(first: Tensor, *args: Any) -> Any:
-        if first.dtype != torch.float64:
-            first = first.to(torch.get_autocast_dtype(device))
+    def cast(tensor: Tensor) -> Tensor:
+        if tensor.dtype == torch.float64:
+            return tensor
+        return tensor.to(torch.get_autocast_dtype(device))
+
+    def cast_and_run(*args: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(excluded):
-            return op(first, *args)
+            return op(*map(cast, args[:count]), *args[count:])
 
     return cast_and_run
 

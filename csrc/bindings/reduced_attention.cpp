@@ -1,0 +1,43 @@
+#include "kernelpose/reduced_attention.h"
+
+#include <tuple>
+
+#include "bind.h"
+#include "cpu/reduced_attention.h"
+
+namespace kernelpose::bindings {
+namespace {
+
+// (batch, queries, keys, heads, head_dim, scale)
+using ShapeTuple = std::tuple<int64_t, int, int, int, int, double>;
+
+ReducedAttentionShape shape_of(const ShapeTuple& t) {
+  const auto& [batch, queries, keys, heads, head_dim, scale] = t;
+  return {batch, queries, keys, heads, head_dim, scale};
+}
+
+}  // namespace
+
+KP_BIND(m) {
+  m.def("cpu_reduced_attention_forward", [](Address q, Address kv, Address out, Address lse,
+                                            const ShapeTuple& shape, int dtype, int threads) {
+    using namespace cpu;
+    const py::gil_scoped_release release;
+    check_memory(KP_SELECT_ISA(reduced_attention_forward)(pointer(q), pointer(kv), pointer(out),
+                                                          pointer(lse), shape_of(shape),
+                                                          static_cast<DType>(dtype), threads),
+                 "reduced_attention");
+  });
+  m.def("cpu_reduced_attention_backward", [](Address grad_out, Address q, Address kv, Address lse,
+                                             Address grad_q, Address grad_kv,
+                                             const ShapeTuple& shape, int dtype, int threads) {
+    using namespace cpu;
+    const py::gil_scoped_release release;
+    check_memory(KP_SELECT_ISA(reduced_attention_backward)(
+                     pointer(grad_out), pointer(q), pointer(kv), pointer(lse), pointer(grad_q),
+                     pointer(grad_kv), shape_of(shape), static_cast<DType>(dtype), threads),
+                 "reduced_attention");
+  });
+}
+
+}  // namespace kernelpose::bindings
