@@ -6,31 +6,12 @@
 
 #include "kernelpose/multi_granularity.h"
 #include "simd.h"
+#include "transpose.h"
 
 namespace kernelpose::cpu::KP_ISA {
 
 // Pixels of a row that are computed together, so many sums each.
 constexpr int row_pixels(int sums) { return kRegisters == 32 ? 18 / sums : 9 / sums; }
-
-// to[c * to_row + r] = from[r * from_row + c].
-template <class T>
-void transpose(const T* from, int64_t rows, int64_t columns, int64_t from_row, T* to,
-               int64_t to_row) {
-  constexpr int n = kWidth<T>;
-  int64_t r = 0;
-  for (; r + n <= rows && columns >= n; r += n) {
-    for (int64_t next = 0; next < columns; next += n) {
-      const int64_t c = std::min(next, columns - n);  // the last square may cover some twice
-      Vector<T> square[n];
-      for (int i = 0; i < n; ++i) square[i] = load(from + (r + i) * from_row + c);
-      transpose_square<T>(square);
-      for (int i = 0; i < n; ++i) store(to + (c + i) * to_row + r, square[i]);
-    }
-  }
-  for (; r < rows; ++r) {
-    for (int64_t c = 0; c < columns; ++c) to[c * to_row + r] = from[r * from_row + c];
-  }
-}
 
 // The vectors of some rows of a map, with a margin of zeros around.
 template <class T>

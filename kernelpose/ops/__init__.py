@@ -4,6 +4,7 @@ from kernelpose.ops.channel_fuse import channel_fuse
 from kernelpose.ops.crop_normalize import crop_normalize
 from kernelpose.ops.decode_heatmap import decode_heatmap
 from kernelpose.ops.decode_simcc import decode_simcc
+from kernelpose.ops.dilated_pyramid import dilated_pyramid
 from kernelpose.ops.dual_gate import dual_gate
 from kernelpose.ops.flip_merge import flip_merge
 from kernelpose.ops.grn import grn
@@ -18,6 +19,7 @@ __all__ = [
     "crop_normalize",
     "decode_heatmap",
     "decode_simcc",
+    "dilated_pyramid",
     "dual_gate",
     "flip_merge",
     "grn",

@@ -1,0 +1,62 @@
+#include "kernelpose/dilated_pyramid.h"
+
+#include <pybind11/stl.h>
+
+#include <tuple>
+#include <vector>
+
+#include "bind.h"
+#include "cpu/dilated_pyramid.h"
+
+namespace kernelpose::bindings {
+namespace {
+
+// (batch, channels, height, width, channels_last, stride, relu, sum)
+using ShapeTuple = std::tuple<int64_t, int64_t, int64_t, int64_t, bool, int64_t, bool, bool>;
+
+DilatedPyramidShape shape_of(const ShapeTuple& t) {
+  return std::apply([](auto... of) { return DilatedPyramidShape{of...}; }, t);
+}
+
+// (weight, bias, channels, dilation)
+using LayerTuple = std::tuple<Address, Address, int64_t, int64_t>;
+
+DilatedPyramidLayers layers_of(const std::vector<LayerTuple>& tuples) {
+  DilatedPyramidLayers layers;
+  for (const auto& [weight, bias, channels, dilation] : tuples) {
+    layers.push_back({pointer(weight), pointer(bias), channels, dilation});
+  }
+  return layers;
+}
+
+// (rows, columns, grad_out_row, map_row)
+using RowsTuple = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+
+PyramidRows rows_of(const RowsTuple& t) {
+  return std::apply([](auto... of) { return PyramidRows{of...}; }, t);
+}
+
+}  // namespace
+
+KP_BIND(m) {
+  m.def("cpu_dilated_pyramid_forward",
+        [](Address x, const std::vector<LayerTuple>& layers, Address out, Address maps,
+           const ShapeTuple& shape, int dtype, int threads) {
+          using namespace cpu;
+          const py::gil_scoped_release release;
+          const bool ran = KP_SELECT_ISA(dilated_pyramid_forward)(
+              pointer(x), layers_of(layers), pointer(out), pointer(maps), shape_of(shape),
+              static_cast<DType>(dtype), threads);
+          check_memory(ran, "dilated_pyramid");
+        });
+  m.def("cpu_dilated_pyramid_mask", [](Address grad_out, Address carry, Address map, Address grad,
+                                       const RowsTuple& rows, int dtype, int threads) {
+    using namespace cpu;
+    const py::gil_scoped_release release;
+    KP_SELECT_ISA(dilated_pyramid_mask)(pointer(grad_out), pointer(carry), pointer(map),
+                                        pointer(grad), rows_of(rows), static_cast<DType>(dtype),
+                                        threads);
+  });
+}
+
+}  // namespace kernelpose::bindings
