@@ -27,12 +27,11 @@ from kernelpose.data.figure import draw_figure
 from kernelpose.data.files import make_directory
 from kernelpose.data.images import pillow, read_image
 from kernelpose.data.skeletons import COCO
-from kernelpose.ops import crop_normalize, decode_heatmap, flip_merge
-from kernelpose.pipeline import plain
+from kernelpose.ops import crop_normalize
+from kernelpose.pipeline import outputs, plain
 from kernelpose.pipeline.chart import draw_stacks
 from kernelpose.pipeline.command import add_model_argument, add_out_argument
 from kernelpose.pipeline.model import load_model, persons_a_pass
-from kernelpose.pipeline.predictor import run_mirrored
 from kernelpose.pipeline.timing import interleaved, machine
 
 STAGES = ("decode image", "crop", "forward", "flip", "decode")
@@ -148,11 +147,11 @@ def _ours(model: nn.Module, path: Path, boxes: Tensor) -> Times:
             [image], part.to(device), index, size=size, dtype=dtype
         )
         clock("crop")
-        heatmaps, flipped = run_mirrored(model, crops)
+        found, flipped = outputs.run_mirrored(model, crops)
         clock("forward")
-        heatmaps = flip_merge(heatmaps, flipped, COCO.flip_pairs)
+        found = outputs.merge(found, flipped, COCO.flip_pairs)
         clock("flip")
-        keypoints, scores = decode_heatmap(heatmaps, centers, scales)
+        keypoints, scores = outputs.decode(found, centers, scales, image_size=size)
         keypoints.cpu(), scores.cpu()
         clock("decode")
     return clock.times
@@ -169,19 +168,30 @@ def _plainly(model: nn.Module, path: Path, boxes: Tensor) -> Times:
         pixels = plain.crop_and_normalize(image, matrices, size, IMAGENET_MEAN, IMAGENET_STD)
         crops = torch.from_numpy(pixels).to(weight.device, weight.dtype)
         clock("crop")
-        heatmaps, flipped = model(crops), model(crops.flip(-1))
+        found = outputs.run(model, crops)
+        flipped = outputs.run(model, crops.flip(-1))
         clock("forward")
-        merged = plain.flip_merge(_numpy(heatmaps), _numpy(flipped), COCO.flip_pairs)
+        merged = [
+            plain.flip_merge(first, second, COCO.flip_pairs)
+            for first, second in zip(_maps(found), _maps(flipped), strict=True)
+        ]
         clock("flip")
-        locations, _ = plain.decode_mmpose1(merged)
-        heatmap_size = (merged.shape[2], merged.shape[3])
-        plain.to_image(locations, center.numpy(), scale.numpy(), heatmap_size)
+        if len(merged) == 1:
+            locations, _ = plain.decode_mmpose1(merged[0])
+            grid = (merged[0].shape[2], merged[0].shape[3])
+        else:
+            x, y = merged[0], merged[1][..., 0]
+            locations, _ = plain.decode_simcc(x, y, split_ratio=x.shape[2] / size[1])
+            grid = size
+        plain.to_image(locations, center.numpy(), scale.numpy(), grid)
         clock("decode")
     return clock.times
 
 
-def _numpy(heatmaps: Tensor) -> NDArray[Any]:
-    return heatmaps.cpu().float().numpy()
+def _maps(found: outputs.Outputs) -> list[NDArray[Any]]:
+    """As numpy has them; logits over rows are maps of one column, which a mirror leaves alone."""
+    maps = [output.cpu().float().numpy() for output in found]
+    return maps[:1] + [rows[..., None] for rows in maps[1:]]
 
 
 def _input_size(model: nn.Module) -> tuple[int, int]:

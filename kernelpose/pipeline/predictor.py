@@ -6,7 +6,7 @@ import copy
 import os
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,26 +19,28 @@ from kernelpose.codecs import DECODE_MODES
 from kernelpose.data.boxes import box_to_center_scale, can_be_cropped
 from kernelpose.data.images import read_image
 from kernelpose.data.skeletons import COCO, Skeleton
-from kernelpose.ops import crop_normalize, decode_heatmap, flip_merge
+from kernelpose.ops import crop_normalize
 from kernelpose.ops.crop_normalize import DTYPES
 from kernelpose.pipeline.graph import Graphed
+from kernelpose.pipeline.outputs import decode, merge, run, run_mirrored
 from kernelpose.pipeline.poses import Poses
 
 
 class Predictor:
-    """A top-down heatmap model with its pre- and post-processing, all on the model's device.
+    """A top-down pose model with its pre- and post-processing, all on the model's device.
 
     Crops are boxes grown by 1.25 and warped as in UDP; persons of several images share batches, and
     only keypoints and scores come back to the host. Batches and their order change nothing but
     rounding. On a GPU the next images are uploaded while a batch is computed.
 
     Args:
-        model: (B, 3, h, w) images to (B, K, h', w') heatmaps; put into evaluation mode.
+        model: (B, 3, h, w) images to (B, K, h', w') heatmaps, or to SimCC logits (B, K, bins of
+            the width) and (B, K, bins of the height); put into evaluation mode.
         image_size: (height, width) of the model's input; by default ``model.image_size``.
         skeleton: what the K joints are, for the flip test.
-        flip_test: average the heatmaps with those of the mirrored crops, as published figures do;
-            see `run_mirrored`.
-        decode: one of `kernelpose.codecs.DECODE_MODES`.
+        flip_test: average the outputs with those of the mirrored crops, as published figures do;
+            see `kernelpose.pipeline.outputs.run_mirrored`.
+        decode: one of `kernelpose.codecs.DECODE_MODES`, for heatmaps.
         batch_size: most persons in one pass.
         device, dtype: where and in what the model computes; a copy of it is made where it has
             another device or dtype.
@@ -226,24 +228,15 @@ class Predictor:
 
     def _keypoints(self, crops: Tensor, centers: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
         if self.flip_test:
-            heatmaps = flip_merge(*run_mirrored(self._heatmaps, crops), self.skeleton.flip_pairs)
+            found = merge(*run_mirrored(self._forward, crops), self.skeleton.flip_pairs)
         else:
-            heatmaps = self._heatmaps(crops)
+            found = run(self._forward, crops)
         joints = self.skeleton.num_keypoints
-        if heatmaps.shape[1] != joints:
+        if found[0].shape[1] != joints:
             raise ValueError(
-                f"skeleton has {joints} keypoints; expected {heatmaps.shape[1]}, as the model."
+                f"skeleton has {joints} keypoints; expected {found[0].shape[1]}, as the model."
             )
-        keypoints, scores = decode_heatmap(heatmaps, centers, scales, mode=self.decode)
-        return keypoints, scores
-
-    def _heatmaps(self, crops: Tensor) -> Tensor:
-        heatmaps = self._forward(crops)
-        if not isinstance(heatmaps, Tensor):
-            raise TypeError(
-                f"model gives {type(heatmaps).__name__}; expected a tensor of heatmaps."
-            )
-        return heatmaps
+        return decode(found, centers, scales, image_size=self.image_size, mode=self.decode)
 
     def _poses(self, request: _Request, persons: Sequence[tuple[Tensor, Tensor]]) -> Poses:
         boxes = request.boxes.float()
@@ -252,20 +245,6 @@ class Predictor:
             return Poses(torch.zeros(0, joints, 2), torch.zeros(0, joints), boxes, request.path)
         keypoints, scores = (torch.stack(tensors) for tensors in zip(*persons, strict=True))
         return Poses(keypoints, scores, boxes, request.path)
-
-
-def run_mirrored(model: Callable[[Tensor], Tensor], crops: Tensor) -> tuple[Tensor, Tensor]:
-    """What a model makes of crops (B, 3, h, w), and of their mirror images.
-
-    On a GPU in one pass, which fills it better. On a CPU in two: it is full with one image, and
-    ViTPose-B is up to an eighth slower on 16 at once than on 8, as large activations are mapped
-    anew.
-    """
-    mirrored = crops.flip(-1)
-    if crops.is_cuda:
-        heatmaps, flipped = model(torch.cat((crops, mirrored))).split(len(crops))
-        return heatmaps, flipped
-    return model(crops), model(mirrored)
 
 
 class _Request(NamedTuple):

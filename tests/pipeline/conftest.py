@@ -41,6 +41,13 @@ def mosaic() -> Mosaic:
 
 
 @pytest.fixture
+def simcc_mosaic(mosaic: Mosaic) -> Mosaic:
+    """A mosaic that gives logits over columns and rows: the largest of each in the heatmaps."""
+    mosaic.register_forward_hook(lambda model, inputs, maps: (maps.amax(2), maps.amax(3)))
+    return mosaic
+
+
+@pytest.fixture
 def pictures() -> Callable[[int], list[np.ndarray]]:
     def make(count: int) -> list[np.ndarray]:
         generator = np.random.default_rng(count)

@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib")
 
 from kernelpose.cli import main
 from kernelpose.data.images import read_image, write_png
-from kernelpose.pipeline import bench, plain
+from kernelpose.pipeline import bench, outputs, plain
 from kernelpose.pipeline.bench import STAGES
 
 
@@ -42,15 +42,17 @@ def test_table_chart_and_figures(
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.parametrize("kind", ["mosaic", "simcc_mosaic"])
 def test_both_paths_find_the_same(
-    tmp_path: Path, pictures, mosaic, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, pictures, kind: str, request, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else their times would not compare; what they find is caught on its way."""
     found: dict[str, list[np.ndarray]] = {"ours": [], "plain": []}
-    decode, to_image = bench.decode_heatmap, plain.to_image
+    decode, to_image = outputs.decode, plain.to_image
+    model = request.getfixturevalue(kind)
 
-    def ours(*args):
-        keypoints, scores = decode(*args)
+    def ours(*args, **options):
+        keypoints, scores = decode(*args, **options)
         found["ours"].append(keypoints.numpy())
         return keypoints, scores
 
@@ -58,14 +60,14 @@ def test_both_paths_find_the_same(
         found["plain"].append(to_image(*args))
         return found["plain"][-1]
 
-    monkeypatch.setattr(bench, "decode_heatmap", ours)
+    monkeypatch.setattr(outputs, "decode", ours)
     monkeypatch.setattr(plain, "to_image", plainly)
     monkeypatch.setattr(bench, "persons_a_pass", lambda model: 2)
     write_png(tmp_path / "a.png", np.kron(pictures(1)[0], np.ones((4, 4, 1), np.uint8)))
     boxes = bench._boxes(tmp_path / "a.png", 5)
     with torch.inference_mode():
         for path in (bench._ours, bench._plainly):
-            path(mosaic, tmp_path / "a.png", boxes)
+            path(model, tmp_path / "a.png", boxes)
     ours_, plain_ = (np.concatenate(found[name]) for name in ("ours", "plain"))
     assert ours_.shape == (5, 17, 2)
     assert [len(part) for part in found["ours"]] == [2, 2, 1]

@@ -45,6 +45,24 @@ def test_keypoints_come_back_in_image_pixels() -> None:
     assert (poses.scores > 0.93).all()
 
 
+def test_simcc_logits_are_decoded_at_their_own_resolution(pictures) -> None:
+    class Point(nn.Module):
+        image_size = (64, 48)
+
+        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            x, y = (torch.zeros(len(images), 17, 3 * side) for side in (48, 64))
+            x[..., 60], y[..., 33] = 0.5, 0.25
+            return x, y
+
+    box = torch.tensor([[10.0, 5.0, 30.0, 40.0]])
+    center, scale = box_to_center_scale(box, (64, 48))
+    poses = Predictor(Point(), flip_test=False)(pictures(1)[0], box)
+    of_scale = torch.tensor([20.0, 11.0]) / torch.tensor([47.0, 63.0])
+    expected = center - scale / 2 + of_scale * scale
+    torch.testing.assert_close(poses.keypoints[0], expected.float().expand(17, 2))
+    assert torch.equal(poses.scores, torch.full((1, 17), 0.25))
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 100])
 def test_batches_span_images_and_change_nothing(mosaic, pictures, batch_size: int) -> None:
     images = pictures(5)
@@ -118,8 +136,10 @@ def test_the_whole_image_is_the_box_by_default(mosaic, pictures) -> None:
     assert torch.equal(Predictor(mosaic)(torch.from_numpy(image)).keypoints, whole.keypoints)
 
 
-def test_flip_test_averages_with_the_mirror(mosaic, pictures) -> None:
+@pytest.mark.parametrize("kind", ["mosaic", "simcc_mosaic"])
+def test_flip_test_averages_with_the_mirror(kind: str, request, pictures) -> None:
     """With mirrored joints of equal weight the flip test agrees with the plain one exactly."""
+    mosaic = request.getfixturevalue(kind)
     pairs = torch.tensor(COCO.flip_pairs)
     (image,) = pictures(1)
     plain = Predictor(mosaic, flip_test=False)(image)
@@ -365,7 +385,8 @@ def test_what_is_no_array(mosaic, values: object) -> None:
 
 
 @pytest.mark.parametrize("flip_test", [True, False])
-def test_a_model_that_gives_no_heatmaps(mosaic, flip_test: bool) -> None:
-    mosaic.register_forward_hook(lambda model, inputs, output: (output,))
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_model_that_gives_no_heatmaps(mosaic, flip_test: bool, times: int) -> None:
+    mosaic.register_forward_hook(lambda model, inputs, output: (output,) * times)
     with pytest.raises(TypeError, match="model gives tuple; expected a tensor of heatmaps"):
         Predictor(mosaic, flip_test=flip_test)(np.zeros((20, 20, 3), np.uint8))
