@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from kernelpose.checkpoints.families import Family, detect
 from kernelpose.checkpoints.files import StateDict, read_state_dict, write_state_dict
-from kernelpose.checkpoints.infer import config_of, source_grid
 from kernelpose.checkpoints.layouts import (
     FORM,
     GRID,
@@ -23,13 +23,13 @@ from kernelpose.checkpoints.layouts import (
     POSITIONS,
     TRANSFORMERS_EPS,
     WINDOWS,
+    MMPose1,
     Transformers,
-    detect_layout,
 )
 from kernelpose.checkpoints.plus import decoder_names, select_decoder
 from kernelpose.checkpoints.report import CheckpointReport
+from kernelpose.checkpoints.vitpose import source_grid
 from kernelpose.errors import UserError
-from kernelpose.models.vitpose import ViTPose
 
 
 def convert_state_dict(
@@ -43,22 +43,24 @@ def convert_state_dict(
 
     Args:
         checkpoint: a file or what it holds, in any layout.
-        to: official, mmpose1, transformers or kernelpose.
+        to: official, mmpose1, transformers or kernelpose; MiTPOSE, HRPVT and PVT v2 have but the
+            last and, where mmpose can run them, mmpose1.
         dataset: whose expert and decoder to take, of several. Without it, experts become those of
             coco, and several decoders stay together where the layout allows it.
         grid: (rows, columns) of the position table, for `to="kernelpose"`, if the checkpoint does
             not record it and it is neither 4:3 portrait nor square.
 
     Returns the state_dict and a report. Raises UserError if the checkpoint cannot be read, is not
-    a ViTPose, has a tensor of the wrong shape, or does not fit the layout.
+    a model of ours, has a tensor of the wrong shape, or does not fit the layout.
     """
     if to not in LAYOUTS:
         raise UserError(f"to is {to!r}; expected one of {', '.join(LAYOUTS)}.")
     state_dict = read_state_dict(checkpoint)
-    layout = detect_layout(state_dict)
+    family, layout = detect(state_dict)
+    target = family.layout(to)
     imported = layout.import_(state_dict, dataset)
     tensors, notes = imported.tensors, imported.notes
-    missing, unknown = _check(tensors)
+    missing, unknown = _check(tensors, family)
     several = decoder_names(tensors)
     if several and (dataset or to in ("mmpose1", "transformers")):
         tensors = select_decoder(tensors, dataset)
@@ -70,13 +72,14 @@ def convert_state_dict(
         )
     taken = tuple(tensors)
     if to == "kernelpose":
-        tensors[GRID] = torch.tensor(source_grid(tensors, grid))
+        if family.has_grid:
+            tensors[GRID] = torch.tensor(source_grid(tensors, grid))
     elif WINDOWS in tensors:
         notes.append(f"the {to} layout does not record that its attention is windowed")
-    if to == "mmpose1" and POSITIONS in tensors and tensors[POSITIONS][:, :1].any():
+    if isinstance(target, MMPose1) and POSITIONS in tensors and tensors[POSITIONS][:, :1].any():
         notes.append("row 0 of the position table added into the others")
-    converted, homeless = LAYOUTS[to].export(tensors)
-    if isinstance(LAYOUTS[to], Transformers) and not isinstance(layout, Transformers):
+    converted, homeless = target.export(tensors)
+    if isinstance(target, Transformers) and not isinstance(layout, Transformers):
         notes.append(
             "its layer norms have eps 1e-6; backbone_config.layer_norm_eps is "
             f"{TRANSFORMERS_EPS} by default"
@@ -109,17 +112,14 @@ def convert_checkpoint(
     return report
 
 
-def _check(tensors: StateDict) -> tuple[list[str], list[str]]:
+def _check(tensors: StateDict, family: Family) -> tuple[list[str], list[str]]:
     """Compares with the model of the same sizes: what is missing, and what it does not know.
 
-    Raises UserError for a wrong shape. Neither the heads nor the grid matter to a shape.
+    Raises UserError for a wrong shape.
     """
-    table = tensors.get(POSITIONS)
-    flat = table is not None and table.dim() == 3 and GRID not in tensors
-    grid = (1, table.shape[1] - 1) if table is not None and flat else None
-    config = config_of(tensors, num_heads=1, grid=grid)
+    config = family.config(tensors, num_heads=1, grid=family.flat_grid(tensors))
     with torch.device("meta"):
-        expected = ViTPose(**config).state_dict()
+        expected = family.model(**config).state_dict()
     for name, tensor in tensors.items():
         if name in expected and tensor.shape != expected[name].shape:
             raise UserError(

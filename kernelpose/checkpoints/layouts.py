@@ -1,4 +1,4 @@
-"""The four layouts: how each is recognised, brought into ours, and written from ours.
+"""The four layouts of ViTPose: how each is recognised, brought into ours, and written from ours.
 
 Ours is the official one with what no shape tells (backbone.pos_grid, the grid of the position
 table; for other than the released form backbone.windows and backbone.patch_stride), any number of
@@ -7,7 +7,7 @@ decoders by name (keypoint_heads.<data set>), and without experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -26,7 +26,8 @@ POSITIONS = "backbone.pos_embed"
 GRID = "backbone.pos_grid"
 WINDOWS = "backbone.windows"
 STRIDE = "backbone.patch_stride"
-FORM = (GRID, WINDOWS, STRIDE)  # what our layout alone records
+INPUT_SIZE = "input_size"  # of HRPVT
+FORM = (GRID, WINDOWS, STRIDE, INPUT_SIZE)  # what our layout alone records
 TRANSFORMERS_EPS = 1e-12  # of its layer norms; 1e-6 everywhere else
 
 
@@ -54,6 +55,10 @@ class Layout:
     mark = GRID  # a tensor that this layout alone has
     wraps = False  # whether its own tools expect the tensors under "state_dict"
     renaming: Renaming | None = None
+
+    def recognises(self, names: Collection[str]) -> bool:
+        """Whether a state_dict with these names is of this layout."""
+        return self.mark in names
 
     def import_(self, state_dict: StateDict, dataset: str | None) -> Imported:
         """Brings a state_dict of this layout into ours."""
@@ -169,13 +174,3 @@ _THIRDS = ("query", "key", "value")
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout for layout in (Layout(), Transformers(), MMPose1(), Official())
 }
-
-
-def detect_layout(names: Iterable[str]) -> Layout:
-    """The layout of a state_dict by its names. Raises UserError for none of the four."""
-    present = set(names)
-    for layout in LAYOUTS.values():
-        if layout.mark in present:
-            return layout
-    some = ", ".join(sorted(present)[:3])
-    raise UserError(f"checkpoint holds {some}; expected ViTPose's, in one of {', '.join(LAYOUTS)}.")

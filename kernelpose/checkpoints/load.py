@@ -9,21 +9,24 @@ from typing import Any
 import torch
 from torch import nn
 
+from kernelpose.checkpoints.families import detect_layout
 from kernelpose.checkpoints.files import StateDict, read_state_dict
-from kernelpose.checkpoints.infer import recorded_attention, source_grid
 from kernelpose.checkpoints.layouts import (
     FORM,
     GRID,
+    INPUT_SIZE,
     POSITIONS,
     STRIDE,
     TRANSFORMERS_EPS,
     WINDOWS,
     Imported,
-    detect_layout,
 )
 from kernelpose.checkpoints.plus import DATASETS, HEAD, HEADS, decoder_names, select_decoder
+from kernelpose.checkpoints.pyramid import BACKBONE
 from kernelpose.checkpoints.report import CheckpointReport
+from kernelpose.checkpoints.vitpose import recorded_attention, source_grid
 from kernelpose.errors import UserError
+from kernelpose.models.mitpose_released import ReleasedTransformer
 from kernelpose.models.position import guess_grid, resize_position_table
 from kernelpose.models.vit import VisionTransformer
 
@@ -41,8 +44,8 @@ def load_checkpoint(
     Args:
         model: gets the tensors, in its own dtype and on its own device.
         checkpoint: a file, or what it holds, in the official (also easy_ViTPose), mmpose1,
-            transformers or kernelpose layout, or of mmpose around the released MiTPOSE backbone;
-            with or without "state_dict" around it.
+            transformers or kernelpose layout, of any model, or a PVT v2 of timm or mmpose, which
+            fits HRPVT's backbone; with or without "state_dict" around it.
         dataset: whose expert and decoder to take from a checkpoint with several; the decoder that
             a checkpoint with one fills in a model with several. "coco" by default.
         grid: (rows, columns) of the checkpoint's position table, if it does not record it and it
@@ -57,11 +60,9 @@ def load_checkpoint(
     own = model.state_dict()
     if state_dict.keys() == own.keys():
         imported = Imported("kernelpose", state_dict)
-    elif MITPOSE_RELEASED in state_dict:
-        imported = Imported("mitpose-released", _of_released_mitpose(state_dict))
     else:
         imported = detect_layout(state_dict).import_(state_dict, dataset)
-    tensors = _fit_decoders(imported, own, dataset)
+    tensors = _fit_prefix(_fit_decoders(imported, own, dataset), own)
     if not head:
         own, tensors = _without_decoders(own), _without_decoders(tensors)
         imported.notes.append("decoder left alone, as asked")
@@ -69,14 +70,20 @@ def load_checkpoint(
     if isinstance(encoder, VisionTransformer):
         if POSITIONS in tensors:
             _fit_positions(imported, tensors, encoder.grid, grid)
-        _keep_form(imported, tensors, own)
+        _note_form(imported, tensors, own)
         eps = encoder.last_norm.eps
         if imported.layout == "transformers" and eps != TRANSFORMERS_EPS:
             imported.notes.append(
                 f"transformers runs it with layer_norm_eps={TRANSFORMERS_EPS}, the model has {eps}"
             )
+    elif isinstance(encoder, ReleasedTransformer) and POSITIONS in tensors:
+        _fit_positions_alone(imported, tensors, encoder.grid, grid)
+    for name in (WINDOWS, STRIDE, INPUT_SIZE):  # the model keeps its own form
+        tensors.pop(name, None)
+        if name in own:
+            tensors[name] = own[name]
     matched = {name: tensor for name, tensor in tensors.items() if name in own}
-    if not matched:
+    if all(name in FORM for name in matched):
         raise UserError(
             f"checkpoint holds {len(tensors)} tensors; expected some that the model has."
         )
@@ -100,16 +107,6 @@ def load_checkpoint(
 
 _DECODERS = (HEAD, HEADS)
 
-MITPOSE_RELEASED = "backbone.module.conv_7x7.weight"  # a tensor that this layout alone has
-
-
-def _of_released_mitpose(state_dict: StateDict) -> StateDict:
-    """The names of `MiTPOSE` in layout "released", which has its backbone's own."""
-    return {
-        HEAD + name.removeprefix("head.") if name.startswith("head.") else name: tensor
-        for name, tensor in state_dict.items()
-    }
-
 
 def _without_decoders(tensors: StateDict) -> StateDict:
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(_DECODERS)}
@@ -129,6 +126,16 @@ def _fit_decoders(imported: Imported, own: StateDict, dataset: str | None) -> St
             for name, tensor in tensors.items()
         }
     return tensors
+
+
+def _fit_prefix(tensors: StateDict, own: StateDict) -> StateDict:
+    """An encoder alone finds its place in a whole model, and the other way round."""
+
+    def fitted(name: str) -> str:
+        candidates = (name, BACKBONE + name, name.removeprefix(BACKBONE))
+        return next((candidate for candidate in candidates if candidate in own), name)
+
+    return {fitted(name): tensor for name, tensor in tensors.items()}
 
 
 def _fit_positions(
@@ -157,18 +164,28 @@ def _fit_positions(
         imported.notes.append(f"position table resized from {_by(source)} to {_by(model_grid)}")
 
 
-def _keep_form(imported: Imported, tensors: StateDict, own: StateDict) -> None:
-    """Lets the model keep its own form, and says so where the checkpoint records another."""
+def _fit_positions_alone(
+    imported: Imported,
+    tensors: StateDict,
+    model_grid: tuple[int, int],
+    grid: tuple[int, int] | None,
+) -> None:
+    """The same for a table without a class slot, whose grid nothing records."""
+    table = tensors[POSITIONS]
+    if table.dim() == 3 and table.shape[1] > 0:
+        slotted = {POSITIONS: torch.cat((table[:, :1], table), 1)}
+        _fit_positions(imported, slotted, model_grid, grid)
+        tensors[POSITIONS] = slotted[POSITIONS][:, 1:]
+
+
+def _note_form(imported: Imported, tensors: StateDict, own: StateDict) -> None:
+    """Says so where the checkpoint records another form than the model has."""
     if imported.layout == "kernelpose":
         theirs, mine = recorded_attention(tensors), recorded_attention(own)
         if theirs != mine:
             imported.notes.append(
                 f"trained with {_in_words(theirs)}, the model has {_in_words(mine)}"
             )
-    for name in (WINDOWS, STRIDE):
-        tensors.pop(name, None)
-        if name in own:
-            tensors[name] = own[name]
 
 
 def _in_words(attention: dict[str, Any]) -> str:

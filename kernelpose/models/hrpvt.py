@@ -97,7 +97,7 @@ class HRPVT(PoseModel):
             mlp_ratios=mlp_ratios,
             drop_path=drop_path,
             stem=HRPMv1(embed_dims[0]) if hrpm_v1 else None,
-            hrpm=_blocks_with_hrpm(insertion, depths),
+            hrpm=blocks_with_hrpm(insertion, depths),
         )
         width = embed_dims[-1]
         grid = (-(-image_size[0] // STRIDE), -(-image_size[1] // STRIDE))
@@ -125,8 +125,8 @@ def _keep_input_size(module: nn.Module, state_dict: dict[str, Any], prefix: str,
     state_dict[prefix + "input_size"] = module.get_buffer("input_size")
 
 
-def _blocks_with_hrpm(insertion: str, depths: Sequence[int]) -> list[Collection[int]]:
-    """Of each stage."""
+def blocks_with_hrpm(insertion: str, depths: Sequence[int]) -> list[Collection[int]]:
+    """For each stage, after which of its blocks HRPM v2 stands."""
     if insertion == "stage":
         return [(depth - 1,) for depth in depths]
     first = {"none": (), "vanilla": (depths[0] - 1,), "layer": tuple(range(depths[0]))}

@@ -68,5 +68,5 @@ def decode(
     """
     if len(outputs) == 1:
         return decode_heatmap(outputs[0], centers, scales, mode=mode)
-    split_ratio = outputs[0].shape[2] / image_size[1]
-    return decode_simcc(*outputs, centers, scales, split_ratio=split_ratio)
+    x, y = outputs
+    return decode_simcc(x, y, centers, scales, split_ratio=x.shape[2] / image_size[1])

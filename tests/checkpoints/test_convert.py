@@ -29,7 +29,7 @@ def test_each_layout_is_recognised(make: Make, layout: str) -> None:
 
 
 def test_another_model_is_not() -> None:
-    with pytest.raises(UserError, match=r"holds conv1\.weight; expected ViTPose's"):
+    with pytest.raises(UserError, match=r"holds conv1\.weight; expected a model of MiTPOSE"):
         detect_layout({"conv1.weight": torch.zeros(1)})
 
 

@@ -67,7 +67,7 @@ def bad_files(folder: Path, good: StateDict) -> dict[str, tuple[Path, str]]:
         "code": (folder / "code", "needs code to unpickle"),
         "list": (folder / "list", "holds no state_dict"),
         "numbers": (folder / "numbers", "holds no state_dict"),
-        "stranger": (folder / "stranger", "holds fc.weight; expected ViTPose's"),
+        "stranger": (folder / "stranger", "holds fc.weight; expected a model of MiTPOSE"),
         "shape": (folder / "shape", r"last_norm.weight has shape \(13,\); expected \(12,\)"),
     }
 

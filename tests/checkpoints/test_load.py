@@ -114,7 +114,7 @@ def test_other_keypoints_are_refused_and_leave_the_model_alone(make: Make) -> No
 
 
 def test_a_checkpoint_of_another_model_is_refused(make: Make) -> None:
-    with pytest.raises(UserError, match=r"holds conv\.weight; expected ViTPose's"):
+    with pytest.raises(UserError, match=r"holds conv\.weight; expected a model of MiTPOSE"):
         load_checkpoint(mini(), {"conv.weight": torch.zeros(3)})
     with pytest.raises(UserError, match="holds 43 tensors; expected some that the model has"):
         load_checkpoint(torch.nn.Linear(2, 2), make["official"]())

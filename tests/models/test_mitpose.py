@@ -250,7 +250,7 @@ def test_a_released_checkpoint_loads_with_its_decoder() -> None:
     for parameter in other.parameters():
         nn.init.zeros_(parameter)
     report = kernelpose.load_checkpoint(other, {"state_dict": saved})
-    assert (report.layout, report.missing, report.left_over) == ("mitpose-released", (), ())
+    assert (report.layout, report.missing, report.left_over) == ("mmpose1", (), ())
     with torch.no_grad():
         assert torch.equal(other(image()), model(image()))
 
