@@ -183,10 +183,8 @@ class PVTv2(nn.Module):
 def _check(arguments: Mapping[str, Any]) -> None:
     for name in ("embed_dims", "depths", "num_heads", "sr_ratios", "mlp_ratios"):
         values = arguments[name]
-        if len(values) != 4 or min(values) <= 0:
-            raise ValueError(
-                f"{name} is {tuple(values)}; expected four positive numbers, one a stage."
-            )
+        if not isinstance(values, Sequence) or len(values) != 4 or min(values) <= 0:
+            raise ValueError(f"{name} is {values!r}; expected four positive numbers, one a stage.")
     if not 0.0 <= arguments["drop_path"] < 1.0:
         raise ValueError(f"drop_path is {arguments['drop_path']}; expected 0 <= drop_path < 1.")
 

@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         help="what neither a name nor a checkpoint of another layout tells, such as "
-        f"attention=window+shift or window=8,8; of {', '.join(MODEL_OPTIONS)}",
+        f"attention=window+shift or image_size=384,288; of {', '.join(MODEL_OPTIONS)}",
     )
     parser.add_argument(
         "--flip-test", action="store_true", help="average with the mirrored image: slower, better"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ from torch import nn
 
 import kernelpose
 from kernelpose.checkpoints import infer_config
+from kernelpose.checkpoints.families import FAMILIES, Family, detect
 from kernelpose.checkpoints.files import read_state_dict
 from kernelpose.checkpoints.plus import DATASETS
 from kernelpose.data.skeletons import COCO
 from kernelpose.errors import UserError
-from kernelpose.models import ViTPose
-from kernelpose.models.vitpose import SIZES
+from kernelpose.models.pose_model import PoseModel
 
 DEFAULT_MODEL = "vitpose-b"
 
@@ -33,12 +34,14 @@ MODEL_OPTIONS: dict[str, Any] = {
     "patch_stride": int,
     "image_size": _pair,
     "num_heads": int,
+    "insertion": str,
+    "decoder": str,
 }
-"""Arguments of `ViTPose` that a user may have to give, and what reads them from text."""
+"""Arguments of the models that a user may have to give, and what reads them from text."""
 
 
 def model_options(texts: Sequence[str]) -> dict[str, Any]:
-    """Arguments of `ViTPose` from "NAME=VALUE", a pair as "8,8".
+    """Arguments of a model from "NAME=VALUE", a pair as "8,8".
 
     Raises UserError for a name that is not of `MODEL_OPTIONS`, or a value of another kind.
     """
@@ -68,7 +71,7 @@ def load_model(
     Args:
         name: a name of `kernelpose.list_models()`; a checkpoint must be of its size.
         checkpoint: a file in any layout; of several data sets' decoders, COCO's is taken.
-        options: arguments of `ViTPose` that go before what name and checkpoint say.
+        options: arguments of the model's class that go before what name and checkpoint say.
 
     Raises:
         UserError: no such model, options that it refuses, or a checkpoint that is none of 17
@@ -93,26 +96,26 @@ def persons_a_pass(model: nn.Module) -> int:
 
 def _random_model(name: str, options: Mapping[str, Any]) -> nn.Module:
     torch.manual_seed(0)
+    _check_options(name, next((f for f in FAMILIES if name in f.sizes), None), options)
     model = _built(kernelpose.create_model, name, **options)
     print(f"no --checkpoint: the weights of {name} are random, and so is what it finds")
     return model
 
 
 def _read(name: str | None, checkpoint: Path, options: Mapping[str, Any]) -> nn.Module:
-    if name is not None and name not in SIZES:
-        raise UserError(f"--model is {name}; expected one of {', '.join(SIZES)} with a checkpoint.")
+    names = [size for family in _pose_families() for size in family.sizes]
+    if name is not None and name not in names:
+        raise UserError(f"--model is {name}; expected one of {', '.join(names)} with a checkpoint.")
     state_dict = read_state_dict(checkpoint)
+    family, _ = detect(state_dict)
+    _check_options(f"{checkpoint}", family, options)
     config = infer_config(
         state_dict,
         num_heads=options.get("num_heads"),
         patch_stride=options.get("patch_stride"),
     )
-    size = config["embed_dim"], config["depth"]
-    if name is not None and size != (SIZES[name]["embed_dim"], SIZES[name]["depth"]):
-        raise UserError(
-            f"--model is {name}; expected a model of width {size[0]} and depth {size[1]}, as "
-            f"{checkpoint} has them."
-        )
+    if name is not None:
+        _check_size(name, checkpoint, family, config)
     joints = config["num_keypoints"]
     if isinstance(joints, Mapping):
         joints = joints.get(DATASETS[0], 0)
@@ -123,7 +126,7 @@ def _read(name: str | None, checkpoint: Path, options: Mapping[str, Any]) -> nn.
         )
     if "attention" in options:  # then the windows that go with the recorded one do not count
         config = {k: v for k, v in config.items() if k not in ("window", "num_full_layers")}
-    model = _built(ViTPose, **{**config, "num_keypoints": joints, **options})
+    model = _built(family.model, **{**config, "num_keypoints": joints, **options})
     report = kernelpose.load_checkpoint(model, state_dict)
     if report.missing:
         raise UserError(
@@ -132,6 +135,35 @@ def _read(name: str | None, checkpoint: Path, options: Mapping[str, Any]) -> nn.
         )
     print(f"{checkpoint}: {report}")
     return model
+
+
+def _pose_families() -> list[Family]:
+    return [family for family in FAMILIES if issubclass(family.model, PoseModel)]
+
+
+def _check_options(which: str, family: Family | None, options: Mapping[str, Any]) -> None:
+    """Raises UserError for a backbone alone, and for an option that a family's models lack."""
+    if family is None:
+        return
+    if family not in _pose_families():
+        raise UserError(f"{which} is a backbone alone; expected a model that finds keypoints.")
+    known = [name for name in MODEL_OPTIONS if name in signature(family.model).parameters]
+    for option in options:
+        if option not in known:
+            raise UserError(
+                f"--model-option is {option}; expected one of {', '.join(known)} for {which}."
+            )
+
+
+def _check_size(name: str, checkpoint: Path, family: Family, config: Mapping[str, Any]) -> None:
+    told = ("embed_dim", "embed_dims", "depth", "depths", "layout", "insertion")
+    found = {argument: config[argument] for argument in told if argument in config}
+    wanted = {k: v for k, v in family.sizes.get(name, {}).items() if k in found}
+    if wanted != found:
+        has = ", ".join(f"{argument} {value}" for argument, value in found.items())
+        raise UserError(
+            f"--model is {name}; expected a {family.model.__name__} of {has}, as {checkpoint} has."
+        )
 
 
 def _built(build: Callable[..., nn.Module], *args: Any, **options: Any) -> nn.Module:

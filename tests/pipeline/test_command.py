@@ -17,8 +17,10 @@ import kernelpose
 from kernelpose.checkpoints import convert_state_dict
 from kernelpose.cli import main
 from kernelpose.data.images import read_image, write_png
-from kernelpose.models import ViTPose
+from kernelpose.models import HRPVT, MiTPOSE, PVTv2, ViTPose
+from kernelpose.models.pose_model import PoseModel
 from kernelpose.models.vitpose import SIZES
+from kernelpose.pipeline import Predictor
 from kernelpose.pipeline.model import load_model
 
 pytestmark = pytest.mark.usefixtures("tiny_vitpose")
@@ -151,12 +153,61 @@ def test_the_model_is_the_checkpoints(folder: Path, options: dict[str, Any]) -> 
     assert predict(folder, "--checkpoint", str(folder / "k.pth"), "--model", "vitpose-b") == 0
 
 
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("family", ["hrpvt", "hrpvt-heatmaps", "mitpose", "mitpose-released"])
+def test_a_checkpoint_of_any_family(folder: Path, family: str, flip: bool) -> None:
+    torch.manual_seed(5)
+    model: PoseModel
+    if family.startswith("hrpvt"):
+        decoder = "simple" if family.endswith("heatmaps") else "simcc"
+        sizes = {"embed_dims": (16, 32, 40, 64), "depths": (1, 1, 1, 1)}
+        model = HRPVT(**sizes, image_size=(64, 48), decoder=decoder).eval()
+    else:
+        layout = "released" if family.endswith("released") else "figure"
+        model = MiTPOSE(
+            embed_dim=32, depth=1, num_heads=2, image_size=(64, 48), layout=layout
+        ).eval()
+    torch.save(model.state_dict(), folder / "k.pth")
+    heads = [] if family.startswith("hrpvt") else ["--model-option", "num_heads=2"]
+    flags = ["--flip-test"] if flip else []
+    assert predict(folder, "--checkpoint", str(folder / "k.pth"), *heads, *flags) == 0
+    found = json.loads((folder / "out/keypoints.json").read_text())[0]["keypoints"]
+    poses = Predictor(model, flip_test=flip)(folder / "000000000007.png")
+    assert poses.to_coco(1)[0]["keypoints"] == pytest.approx(found, abs=1e-2)
+
+
+def test_models_that_cannot_be_had(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"embed_dims": (16, 32, 40, 64), "depths": (1, 1, 1, 1)}
+    torch.save(PVTv2(**sizes).state_dict(), folder / "k.pth")
+    torch.save(HRPVT(**sizes, image_size=(64, 48)).state_dict(), folder / "h.pth")
+    for arguments, message in (
+        (["--model", "pvtv2-b0"], "pvtv2-b0 is a backbone alone; expected a model that finds"),
+        (["--checkpoint", str(folder / "k.pth")], "k.pth is a backbone alone; expected a model"),
+        (
+            ["--model", "hrpvt-s", "--model-option", "attention=window"],
+            "--model-option is attention; expected one of image_size, num_heads, insertion, decod",
+        ),
+        (
+            ["--checkpoint", str(folder / "h.pth"), "--model-option", "num_heads=2"],
+            "num_heads is 2; expected four positive numbers",
+        ),
+        (
+            ["--checkpoint", str(folder / "h.pth"), "--model", "hrpvt-s"],
+            "--model is hrpvt-s; expected a HRPVT of embed_dims (16, 32, 40, 64), depths (1, 1, 1",
+        ),
+    ):
+        assert predict(folder, *arguments) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+
+
 def test_checkpoints_of_another_size_or_skeleton_are_refused(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for joints, name, message in (
-        (17, "vitpose-s", "--model is vitpose-s; expected a model of width 24 and depth 2"),
-        (17, "vitpose-x", "--model is vitpose-x; expected one of vitpose-s"),
+        (17, "vitpose-s", "--model is vitpose-s; expected a ViTPose of embed_dim 24, depth 2"),
+        (17, "vitpose-x", "--model is vitpose-x; expected one of mitpose-b"),
         (21, "vitpose-b", "finds 21 keypoints; expected COCO's 17"),
     ):
         model = ViTPose(**SIZES["vitpose-b"], image_size=(64, 48), num_keypoints=joints)
