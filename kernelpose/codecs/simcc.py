@@ -1,10 +1,11 @@
-"""SimCC targets: one classification over bins per axis."""
+"""SimCC: targets of one classification over bins per axis, and their loss."""
 
 from __future__ import annotations
 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernelpose.codecs.coordinates import check_keypoints
@@ -67,3 +68,34 @@ def encode_simcc(
             ).to(keypoints.dtype)
         targets.append(torch.where(drawn, target, torch.zeros_like(target)))
     return targets[0], targets[1], weights
+
+
+def simcc_loss(x: Tensor, y: Tensor, target_x: Tensor, target_y: Tensor, weights: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of targets from the softmax of logits, as mmpose's KLDiscretLoss.
+
+    Its mean over the bins of each axis, times the joint's weight, summed over axes, joints and
+    persons and divided by the number of joints (not of persons, as mmpose).
+
+    Args:
+        x, y: (B, K, bins of the width) and (B, K, bins of the height) logits.
+        target_x, target_y: as `encode_simcc` gives them, of the same shapes.
+        weights: (B, K).
+
+    Returns a scalar, computed in float32 at least. Raises ValueError for another shape.
+    """
+    total = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
+    for name, logits, target in (("x", x, target_x), ("y", y, target_y)):
+        if logits.dim() != 3 or logits.shape[:2] != weights.shape or logits.shape[1] == 0:
+            raise ValueError(
+                f"{name} has shape {tuple(logits.shape)}; expected {(*weights.shape, 'bins')}, "
+                "(B, K) of weights."
+            )
+        if target.shape != logits.shape:
+            raise ValueError(
+                f"target_{name} has shape {tuple(target.shape)}; expected {tuple(logits.shape)}, "
+                f"as {name}."
+            )
+        log_probabilities = logits.to(total.dtype).log_softmax(-1)
+        divergence = F.kl_div(log_probabilities, target.to(total.dtype), reduction="none").mean(-1)
+        total = total + (divergence * weights).sum()
+    return total / x.shape[1]
