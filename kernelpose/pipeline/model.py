@@ -96,7 +96,7 @@ def persons_a_pass(model: nn.Module) -> int:
 
 def _random_model(name: str, options: Mapping[str, Any]) -> nn.Module:
     torch.manual_seed(0)
-    _check_options(name, next((f for f in FAMILIES if name in f.sizes), None), options)
+    check_options(name, family_of(name), options)
     model = _built(kernelpose.create_model, name, **options)
     print(f"no --checkpoint: the weights of {name} are random, and so is what it finds")
     return model
@@ -108,7 +108,7 @@ def _read(name: str | None, checkpoint: Path, options: Mapping[str, Any]) -> nn.
         raise UserError(f"--model is {name}; expected one of {', '.join(names)} with a checkpoint.")
     state_dict = read_state_dict(checkpoint)
     family, _ = detect(state_dict)
-    _check_options(f"{checkpoint}", family, options)
+    check_options(f"{checkpoint}", family, options)
     config = infer_config(
         state_dict,
         num_heads=options.get("num_heads"),
@@ -141,7 +141,12 @@ def _pose_families() -> list[Family]:
     return [family for family in FAMILIES if issubclass(family.model, PoseModel)]
 
 
-def _check_options(which: str, family: Family | None, options: Mapping[str, Any]) -> None:
+def family_of(name: str) -> Family | None:
+    """The family of a model of the zoo; None for a name that it does not know."""
+    return next((family for family in FAMILIES if name in family.sizes), None)
+
+
+def check_options(which: str, family: Family | None, options: Mapping[str, Any]) -> None:
     """Raises UserError for a backbone alone, and for an option that a family's models lack."""
     if family is None:
         return

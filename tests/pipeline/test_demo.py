@@ -10,8 +10,10 @@ import pytest
 pytest.importorskip("PIL")
 pytest.importorskip("matplotlib")
 
+import kernelpose
 from kernelpose.cli import main
 from kernelpose.data.images import read_image, write_png
+from kernelpose.models import HRPVT
 from kernelpose.pipeline import demo
 from kernelpose.pipeline.timing import interleaved
 
@@ -48,6 +50,25 @@ def test_on_a_picture(tmp_path: Path, pictures, tiny_vitpose: list[str]) -> None
     assert (tmp_path / "out/demo_pose.png").is_file()
     assert main(["demo", "--image", "missing.png", "--out", str(tmp_path / "no")]) == 2
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("image", [None, "a.png"])
+def test_a_simcc_model(
+    tmp_path: Path, image: str | None, pictures, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"embed_dims": (16, 32, 40, 64), "depths": (1, 1, 1, 1), "image_size": (64, 48)}
+    monkeypatch.setattr(kernelpose, "create_model", lambda name: HRPVT(**sizes))
+    write_png(tmp_path / "a.png", pictures(1)[0])
+    given = [] if image is None else ["--image", str(tmp_path / image)]
+    assert main(["demo", "--model", "hrpvt-s", *given, "--out", str(tmp_path / "out")]) == 0
+    assert "hrpvt-s\n  largest difference from eager" in capsys.readouterr().out
+    assert (tmp_path / "out/demo_pose.png").is_file()
+
+
+def test_a_backbone_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--model", "pvtv2-b0", "--out", str(tmp_path / "out")]) == 2
+    assert "pvtv2-b0 is a backbone alone" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_differing_outputs_fail(
