@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from kernelpose.nn import _plain as ops
+from kernelpose import ops
 from kernelpose.nn.folding import Folder, Pair, can_fold
 
 
