@@ -27,6 +27,17 @@ def _model(name: str, **options: Any) -> Subject:
     return functools.partial(kernelpose.create_model, name, **options), IMAGE
 
 
+class _Joined(nn.Module):
+    """A SimCC model with one tensor of logits for an answer."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.model = kernelpose.create_model(name)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.cat(self.model(images), 2)
+
+
 WINDOWED = {"patch_stride": 8, "attention": "window+shift"}
 SUBJECTS: dict[str, tuple[Subject, tuple[int, ...]]] = {
     "vitpose-s": (_model("vitpose-s"), (1,)),
@@ -35,6 +46,7 @@ SUBJECTS: dict[str, tuple[Subject, tuple[int, ...]]] = {
     "vitpose-b 1/8 shifted windows": (_model("vitpose-b", **WINDOWED), (1,)),
     "mitpose-b": (_model("mitpose-b"), (1, 8)),
     "mitpose-b-released": (_model("mitpose-b-released"), (1,)),
+    "hrpvt-l": ((functools.partial(_Joined, "hrpvt-l"), IMAGE), (1, 8)),
     "ScConv 768 tokens": ((functools.partial(ScConv, 768), (16 * 12, 768)), (1, 8)),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from kernelpose.nn.dilated_pyramid import DilatedPyramid
@@ -37,5 +38,7 @@ class HRPMv1(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, images: Tensor) -> Tensor:
+        # One copy of three channels, so that what the last convolution writes are tokens.
+        images = images.contiguous(memory_format=torch.channels_last)
         tokens: Tensor = self.norm(self.proj(self.pyramid(images)).permute(0, 2, 3, 1))
         return tokens
