@@ -11,7 +11,13 @@ from torch import Tensor
 from kernelpose import _native
 from kernelpose.backend import OpSpec, choose
 from kernelpose.backend import register as register_backends
-from kernelpose.ops._maps import check_maps, memory_format, native_shape, statistics_dtype
+from kernelpose.ops._maps import (
+    check_maps,
+    memory_format,
+    native_shape,
+    statistics_dtype,
+    too_large,
+)
 from kernelpose.ops._register import autocast, is_plain, no_second_derivative, register
 from kernelpose.reference.multi_granularity import multi_granularity as reference
 
@@ -116,7 +122,11 @@ def _run_forward(
     given = (weight7, weight5, weight3, bias7, bias5, bias3, mix_weight, mix_bias)
     parameters = [p.contiguous() for p in given]
     out = _output(x)
-    if x.numel():
+    if backend == "triton" and x.numel():
+        from kernelpose.triton_kernels import multi_granularity as kernels
+
+        kernels.forward(x, parameters, out, groups)
+    elif x.numel():
         addresses = [_native.address(p) for p in parameters]
         shape, code = (*native_shape(x), x.shape[3], groups), _native.DTYPE_CODES[x.dtype]
         x_out = _native.address(x), _native.address(out)
@@ -146,6 +156,11 @@ def _run_backward(
     grad_x, *gradients = _gradients(grad_out, x, *parameters)
     if not x.numel():
         return grad_x, *(gradient.zero_() for gradient in gradients)
+    if backend == "triton":
+        from kernelpose.triton_kernels import multi_granularity_backward as kernels
+
+        kernels.backward(grad_out, x, parameters, grad_x, gradients, groups)
+        return grad_x, *gradients
     maps = [_native.address(t) for t in (grad_out, x, grad_x)]
     addresses, of_gradients = ([_native.address(t) for t in p] for p in (parameters, gradients))
     shape, code = (*native_shape(x), x.shape[3], groups), _native.DTYPE_CODES[x.dtype]
@@ -197,12 +212,20 @@ _op = register(
 )
 
 
-def _objection(backend: str, x: Tensor, *_: Any, **__: Any) -> str | None:
-    return None
+def _objection(backend: str, x: Tensor, *_: Any, groups: int = 16, **__: Any) -> str | None:
+    batch, channels, height, width = x.shape
+    if backend == "triton" and not torch.compiler.is_exporting():
+        weights = 3 * (channels // groups) ** 2
+        programs = batch * (height * width // 16 + 1) * (channels // 32 + 1 + 3 * groups)
+        for what, count in (("weights of a group's mix", weights), ("programs", programs)):
+            if count >= 2**31:
+                return f"it takes fewer than {2**31} {what}, and this has {count}"
+    return too_large(backend, x)
 
 
 def _automatic(x: Tensor) -> tuple[str, ...]:
-    return {"cpu": ("cpu",)}.get(x.device.type, ())
+    """On a GPU nothing was measured yet."""
+    return {"cuda": ("triton",), "cpu": ("cpu",)}.get(x.device.type, ())
 
 
 def _example(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -214,12 +237,16 @@ def _example(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...],
     return (x, weights, [bias] * 3, mix_weight, bias), {"groups": 16}
 
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 register_backends(
     OpSpec(
         name="multi_granularity",
-        dtypes={"cpu": _FLOATS, "eager": _FLOATS},
+        dtypes={
+            "triton": _FLOATS,
+            "cpu": (*_FLOATS, torch.float64),
+            "eager": (*_FLOATS, torch.float64),
+        },
         directions="fwd+bwd",
         automatic=_automatic,
         objection=_objection,

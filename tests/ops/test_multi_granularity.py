@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kernelpose.backend import OPS
 from kernelpose.ops import multi_granularity
 from tests.ops import checks
 from tests.parity import assert_parity
 
-KERNELS = ("cpu",)
+KERNELS = ("cpu", "triton")
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ CASES = {
     "odd-tokens": Case((3, 35, 5, 7), 5, tokens=True),
     "one-group": Case((1, 19, 9, 8), 1),
     "one-group-tokens": Case((1, 70, 9, 8), 1, tokens=True),
+    "wide-group-tokens": Case((1, 140, 2, 3), 1, tokens=True),
     "a-channel-a-group": Case((2, 5, 4, 13), 5, tokens=True),
     "large-map": Case((1, 36, 33, 26), 2),
     "large-map-tokens": Case((1, 36, 33, 26), 2, tokens=True),
@@ -209,7 +211,7 @@ def test_autocast_casts_it(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_inference_mode_and_the_way_around_the_dispatcher(backend: str) -> None:
-    checks.check_around_dispatcher(CASES["odd-tokens"], backend)
+    checks.check_around_dispatcher(CASES["small-tokens"], backend)
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -240,6 +242,30 @@ def test_second_derivative_is_refused_and_eager_has_it(backend: str) -> None:
                 torch.autograd.grad(first.square().sum(), x)
         else:
             assert torch.autograd.grad(first.square().sum(), x)[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("backend", ["triton"])
+@pytest.mark.parametrize("name", ["mitpose", "odd-tokens"])
+def test_side_stream_and_graph_capture(name: str, backend: str) -> None:
+    checks.check_side_stream(CASES[name], backend)
+    checks.check_graph_capture(CASES[name], backend)
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups", "text"),
+    [
+        ((1, 2**15, 1, 1), 1, f"{2**31} weights of a group's mix, and this has {3 * 2**30}"),
+        ((2**26, 32, 1, 1), 16, f"{2**31} programs, and this has {2**26 * 50}"),
+        ((1, 32, 2**13, 2**13), 16, f"{2**31} elements of an image, and this has {2**31}"),
+    ],
+)
+def test_triton_objects_to_what_its_numbers_cannot_hold(
+    shape: tuple[int, ...], groups: int, text: str
+) -> None:
+    objection = OPS["multi_granularity"].objection
+    x = torch.empty(shape, device="meta")
+    assert text in (objection("triton", x, groups=groups) or "")
+    assert objection("cpu", x, groups=groups) is None
 
 
 ZEROS = torch.zeros(2, 8, 3, 4)

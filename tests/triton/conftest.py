@@ -30,6 +30,8 @@ with pytest.MonkeyPatch.context() as patch:
         flip_merge,
         grn,
         heatmap_loss,
+        multi_granularity,
+        multi_granularity_backward,
         spatial_gate,
         window_attention,
     )
