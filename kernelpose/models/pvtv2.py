@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -145,7 +145,19 @@ class PVTv2(nn.Module):
         hrpm: Sequence[Collection[int]] = ((), (), (), ()),
     ) -> None:
         super().__init__()
-        _check(locals())
+        for name, values in (
+            ("embed_dims", embed_dims),
+            ("depths", depths),
+            ("num_heads", num_heads),
+            ("sr_ratios", sr_ratios),
+            ("mlp_ratios", mlp_ratios),
+        ):
+            if not isinstance(values, Sequence) or len(values) != 4 or min(values) <= 0:
+                raise ValueError(
+                    f"{name} is {values!r}; expected four positive numbers, one a stage."
+                )
+        if not 0.0 <= drop_path < 1.0:
+            raise ValueError(f"drop_path is {drop_path}; expected 0 <= drop_path < 1.")
         self.stem = stem
         self.patch_embed = PatchEmbed(3, embed_dims[0], 7, 4) if stem is None else None
         last = max(sum(depths) - 1, 1)
@@ -178,15 +190,6 @@ class PVTv2(nn.Module):
             x = stage(x)
             maps.append(x)
         return maps
-
-
-def _check(arguments: Mapping[str, Any]) -> None:
-    for name in ("embed_dims", "depths", "num_heads", "sr_ratios", "mlp_ratios"):
-        values = arguments[name]
-        if not isinstance(values, Sequence) or len(values) != 4 or min(values) <= 0:
-            raise ValueError(f"{name} is {values!r}; expected four positive numbers, one a stage.")
-    if not 0.0 <= arguments["drop_path"] < 1.0:
-        raise ValueError(f"drop_path is {arguments['drop_path']}; expected 0 <= drop_path < 1.")
 
 
 def _init(module: nn.Module) -> None:

@@ -225,6 +225,15 @@ def test_training_compiles_whole() -> None:
     assert model.backbone.stem.pyramid.convs[0].weight.grad.any()
 
 
+@pytest.mark.full
+def test_exports_with_any_batch() -> None:
+    model, batch = tiny(), torch.export.Dim("batch", min=1, max=64)
+    with torch.no_grad():
+        program = torch.export.export(model, (image(),), dynamic_shapes=({0: batch},))
+        for count in (1, 3):
+            torch.testing.assert_close(program.module()(image(count)), model(image(count)))
+
+
 def test_autocast() -> None:
     model, x = tiny(), image()
     with torch.no_grad():
