@@ -7,7 +7,7 @@ from torch import nn
 
 from kernelpose.models.position import resize_position_table
 from kernelpose.models.vit import PATCH_PADDING, PATCH_SIZE, DropPath, on_map
-from kernelpose.nn import MultiScaleModule, ScConv, WindowAttention
+from kernelpose.nn import AddLayerNorm, MultiScaleModule, ScConv, WindowAttention
 
 
 class PatchEmbed(nn.Module):
@@ -39,24 +39,28 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """x += attn(ln1(x)); x += scc(ln1(x)); x += ffn(ln2(x)), over (B, rows, columns, C).
 
-    Stochastic depth leaves the second sum alone, as in the released code.
+    Stochastic depth leaves the second sum alone, as in the released code. The last branch is handed
+    on, for the next norm to add: forward takes and gives x and a branch.
     """
 
     def __init__(
         self, dim: int, num_heads: int, hidden: int, drop_path: float, layer_norm_eps: float
     ) -> None:
         super().__init__()
-        self.ln1 = nn.LayerNorm(dim, eps=layer_norm_eps)
+        self.ln1 = AddLayerNorm(dim, eps=layer_norm_eps)
         self.attn = WindowAttention(dim, num_heads)
-        self.ln2 = nn.LayerNorm(dim, eps=layer_norm_eps)
+        self.ln2 = AddLayerNorm(dim, eps=layer_norm_eps)
         self.scc = ScConv(dim)
         self.ffn = FeedForward(dim, hidden)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.drop_path(self.attn(self.ln1(x)))
-        x = x + on_map(self.scc, self.ln1(x))
-        return x + self.drop_path(self.ffn(self.ln2(x)))
+    def forward(
+        self, x: torch.Tensor, branch: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        x, y = self.ln1(x, branch)
+        x, y = self.ln1(x, self.drop_path(self.attn(y)))
+        x, y = self.ln2(x, on_map(self.scc, y))
+        return x, self.drop_path(self.ffn(y))
 
 
 class ReleasedTransformer(nn.Module):
@@ -94,7 +98,7 @@ class ReleasedTransformer(nn.Module):
             Block(dim, num_heads, mlp_hidden, drop_path * layer / last, layer_norm_eps)
             for layer in range(depth)
         )
-        self.ln1 = nn.LayerNorm(dim, eps=layer_norm_eps)
+        self.ln1 = AddLayerNorm(dim, eps=layer_norm_eps)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for module in self.layers.modules():
             if isinstance(module, nn.Linear):
@@ -110,7 +114,9 @@ class ReleasedTransformer(nn.Module):
             slot = torch.zeros_like(table[:, :1])
             table = resize_position_table(torch.cat((slot, table), 1), self.grid, grid)[:, 1:]
         x = x + table.view(1, *grid, -1)
+        branch = None
         for layer in self.layers:
-            x = layer(x)
-        features: torch.Tensor = self.ln1(x).permute(0, 3, 1, 2)
+            x, branch = layer(x, branch)
+        _, y = self.ln1(x, branch)
+        features: torch.Tensor = y.permute(0, 3, 1, 2)
         return features

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kernelpose.models.position import resize_position_table
-from kernelpose.nn import WindowAttention
+from kernelpose.nn import AddLayerNorm, WindowAttention
 
 PATCH_SIZE = 16
 # Stride of the patch convolution: its padding. 16 and 8 give features at 1/16 and 1/8.
@@ -77,6 +77,7 @@ class Block(nn.Module):
     """x += attn(norm1(x)); x += local(norm1(x)), if any; x += mlp(norm2(x)).
 
     x is a token map (B, rows, columns, C); `local` takes and gives a (B, C, rows, columns) view.
+    The last branch is handed on, for the next norm to add: forward takes and gives x and a branch.
     """
 
     def __init__(
@@ -89,18 +90,23 @@ class Block(nn.Module):
         local: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=layer_norm_eps)
+        self.norm1 = AddLayerNorm(dim, eps=layer_norm_eps)
         self.attn = attn
         self.local = local
         self.drop_path = DropPath(drop_path)
-        self.norm2 = nn.LayerNorm(dim, eps=layer_norm_eps)
+        self.norm2 = AddLayerNorm(dim, eps=layer_norm_eps)
         self.mlp = Mlp(dim, hidden)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
+    def forward(
+        self, x: torch.Tensor, branch: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        x, y = self.norm1(x, branch)
+        branch = self.drop_path(self.attn(y))
         if self.local is not None:
-            x = x + self.drop_path(on_map(self.local, self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+            x, y = self.norm1(x, branch)
+            branch = self.drop_path(on_map(self.local, y))
+        x, y = self.norm2(x, branch)
+        return x, self.drop_path(self.mlp(y))
 
 
 def on_map(module: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
@@ -174,7 +180,7 @@ class VisionTransformer(nn.Module):
             )
             for layer, arguments in enumerate(attentions)
         )
-        self.last_norm = nn.LayerNorm(dim, eps=layer_norm_eps)
+        self.last_norm = AddLayerNorm(dim, eps=layer_norm_eps)
         self.register_load_state_dict_pre_hook(_check_grid)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for module in self.modules():
@@ -192,9 +198,11 @@ class VisionTransformer(nn.Module):
         if self.refine is not None:
             x = x + on_map(self.refine, x)
         x = x + self.positions((x.shape[1], x.shape[2]))
+        branch = None
         for block in self.blocks:
-            x = block(x)
-        features: torch.Tensor = self.last_norm(x).permute(0, 3, 1, 2)
+            x, branch = block(x, branch)
+        _, y = self.last_norm(x, branch)
+        features: torch.Tensor = y.permute(0, 3, 1, 2)
         return features
 
 
