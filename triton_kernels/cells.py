@@ -1,4 +1,4 @@
-"""Device functions of the attention kernels: which tokens meet, and tiles of them.
+"""Device functions of the attention kernels: which tokens meet, tiles of them, steps over keys.
 
 The index arithmetic is that of `csrc/include/kernelpose/window_attention.h`. Slots are positions
 inside a cell; `tokens_of` turns them into rows of the (H * W) map.
@@ -114,3 +114,39 @@ def load_bias(bias, head, queries, keys, extent_h, extent_w):
     center = (extent_h - 1) * row + extent_w - 1
     base = bias + head * (2 * extent_h - 1) * row + center
     return tl.load(base + (queries - keys)) * LOG2_E
+
+
+@triton.jit
+def attend(q, k, v, offset, scale, top, total, acc):
+    """One step of the online softmax, in base 2: new row maxima, row sums and weighted values.
+
+    `offset` is added to the scaled scores; -inf marks keys that do not exist.
+    """
+    scores = dot(q, tl.trans(k)) * (scale * LOG2_E) + offset
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    p = tl.exp2(scores - new_top[:, None])
+    rescale = tl.exp2(top - new_top)
+    acc = acc * rescale[:, None] + dot(p.to(v.dtype), v)
+    return new_top, total * rescale + tl.sum(p, 1), acc
+
+
+@triton.jit
+def recompute(a, b, c, d, offset, scale):
+    """Probabilities of the scores a @ b.T, and the gradient of the loss with respect to them.
+
+    (a, b, c, d) = (q, k, grad_out, v) gives (queries, keys), (k, q, v, grad_out) its transpose.
+    `offset` is the bias less the queries' log-sum-exp, in base 2.
+    The gradient in the scores is p * (dp - delta) with delta, a number a query, the sum of p * dp
+    over all its keys, which is also the product of its grad_out and out.
+
+    Tokens that do not exist are zeros with an infinite log-sum-exp: as queries their p is zero; as
+    keys they stay in rows that nobody stores, unless they are columns: then `offset` says -inf.
+    """
+    p = tl.exp2(dot(a, tl.trans(b)) * (scale * LOG2_E) + offset)
+    return p, dot(c, tl.trans(d))
+
+
+@triton.jit
+def nowhere(valid):
+    """0 where valid, else -inf."""
+    return tl.where(valid, 0.0, float("-inf"))

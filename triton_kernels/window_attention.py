@@ -31,12 +31,11 @@ from torch import Tensor
 
 from .cells import (
     LN_2,
-    LOG2_E,
     SIZES,
+    attend,
     axis_cell,
     axis_extent,
     bias_places,
-    dot,
     load_bias,
     load_tile,
     program_of,
@@ -60,24 +59,10 @@ from .window_attention_tiles import (
     POOL,
     POOL_BACKWARD,
     POOL_BLOCK,
-    Tile,
-    block_d,
+    head_options,
+    launch_options,
     tile_for,
 )
-
-
-@triton.jit
-def _attend(q, k, v, offset, scale, top, total, acc):
-    """One step of the online softmax, in base 2: new row maxima, row sums and weighted values.
-
-    `offset` is added to the scaled scores; -inf marks keys that do not exist.
-    """
-    scores = dot(q, tl.trans(k)) * (scale * LOG2_E) + offset
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    p = tl.exp2(scores - new_top[:, None])
-    rescale = tl.exp2(top - new_top)
-    acc = acc * rescale[:, None] + dot(p.to(v.dtype), v)
-    return new_top, total * rescale + tl.sum(p, 1), acc
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -186,7 +171,7 @@ def _window_attention_forward_kernel(
             offset += load_bias(
                 bias, head, places[:, None], key_places[None, :], extent_h, extent_w
             )
-        top, total, acc = _attend(q, k, v, offset, scale, top, total, acc)
+        top, total, acc = attend(q, k, v, offset, scale, top, total, acc)
     if pooled is not None:
         pool_base = pooled + image * pools * 2 * channels + head * HEAD_DIM
         for start in range(0, pools, BLOCK_P):
@@ -195,7 +180,7 @@ def _window_attention_forward_kernel(
             k = load_tile(pool_base, keys, valid, 2 * channels, HEAD_DIM, BLOCK_D)
             v = load_tile(pool_base + channels, keys, valid, 2 * channels, HEAD_DIM, BLOCK_D)
             offset = tl.where(valid, 0.0, float("-inf"))[None, :]
-            top, total, acc = _attend(q, k, v, offset, scale, top, total, acc)
+            top, total, acc = attend(q, k, v, offset, scale, top, total, acc)
     out_base = out + image * height * width * channels + head * HEAD_DIM
     store_tile(out_base, tokens, inside, channels, acc / total[:, None], HEAD_DIM, BLOCK_D)
     lse_base = lse + (image * heads + head) * height * width
@@ -298,7 +283,7 @@ def forward(
             BLOCK=tile.block,
             STEP=tile.step,
             BLOCK_P=POOL_BLOCK,
-            **_options(tile, head_dim),
+            **head_options(tile, head_dim),
         )
     return out, lse
 
@@ -330,7 +315,7 @@ def backward(
     tiles = triton.cdiv(geometry.largest, tile.block)
     one_tile = geometry.largest <= tile.block == tile.step
     map_tiles = triton.cdiv(height * width, tile.block)
-    options = _options(tile, head_dim)
+    options = head_options(tile, head_dim)
     with torch.cuda.device_of(qkv):
         delta = pooled_keys = grad_pooled = None
         if pooled or not one_tile or bias is not None:
@@ -354,7 +339,7 @@ def backward(
                 GRID=geometry.grid,
                 BLOCK_P=POOL_BLOCK,
                 STEP=pool_tile.step,
-                **_options(pool_tile, head_dim),
+                **head_options(pool_tile, head_dim),
             )
         _window_attention_backward_kernel[(batch * math.prod(geometry.cells) * num_heads * tiles,)](
             *(qkv, bias, pooled_keys, grad_out, lse, delta, grad_pooled, grad_qkv),
@@ -389,7 +374,7 @@ def backward(
             GRID=geometry.grid,
             BLOCK=tile.block,
             STEP=tile.step,
-            **_options(tile, head_dim),
+            **head_options(tile, head_dim),
         )
         grad_bias = lse.new_empty(bias.shape[1], num_heads)
         blocks = triton.cdiv(grad_bias.shape[0], BIAS_REDUCE.block)
@@ -403,20 +388,6 @@ def backward(
             **launch_options(BIAS_REDUCE),
         )
     return grad_qkv, grad_bias
-
-
-def launch_options(tile: Tile) -> dict[str, int | bool]:
-    """What Triton compiles a kernel with."""
-    return {
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-        "maxnreg": tile.registers,
-        "enable_fp_fusion": True,
-    }
-
-
-def _options(tile: Tile, head_dim: int) -> dict[str, int | bool]:
-    return {"HEAD_DIM": head_dim, "BLOCK_D": block_d(head_dim), **launch_options(tile)}
 
 
 def _pool(qkv: Tensor, num_heads: int, geometry: Geometry) -> Tensor:

@@ -17,33 +17,13 @@ from .cells import (
     dot,
     load_bias,
     load_tile,
+    nowhere,
     place_of,
     program_of,
+    recompute,
     store_tile,
     tokens_of,
 )
-
-
-@triton.jit
-def _recompute(a, b, c, d, offset, scale):
-    """Probabilities of the scores a @ b.T, and the gradient of the loss with respect to them.
-
-    (a, b, c, d) = (q, k, grad_out, v) gives (queries, keys), (k, q, v, grad_out) its transpose.
-    `offset` is the bias less the queries' log-sum-exp, in base 2.
-    The gradient in the scores is p * (dp - delta) with delta, a number a query, the sum of p * dp
-    over all its keys, which is also the product of its grad_out and out.
-
-    Tokens that do not exist are zeros with an infinite log-sum-exp: as queries their p is zero; as
-    keys they stay in rows that nobody stores, unless they are columns: then `offset` says -inf.
-    """
-    p = tl.exp2(dot(a, tl.trans(b)) * (scale * LOG2_E) + offset)
-    return p, dot(c, tl.trans(d))
-
-
-@triton.jit
-def _nowhere(valid):
-    """0 where valid, else -inf."""
-    return tl.where(valid, 0.0, float("-inf"))
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -117,7 +97,7 @@ def _window_attention_pool_backward_kernel(
         do = load_tile(do_base, tokens, valid, channels, HEAD_DIM, BLOCK_D)
         row_lse = tl.load(lse + row_offset + tokens, mask=valid, other=float("inf"))
         row_delta = tl.load(delta + row_offset + tokens, mask=valid, other=0.0)
-        p, dp = _recompute(k, q, v, do, -row_lse[None, :] * LOG2_E, scale)
+        p, dp = recompute(k, q, v, do, -row_lse[None, :] * LOG2_E, scale)
         ds = p * (dp - row_delta[None, :])
         dv += dot(p.to(do.dtype), do)
         dk += dot(ds.to(q.dtype), q)
@@ -202,13 +182,13 @@ def _window_attention_backward_kernel(
         row_lse = tl.load(lse + row_offset + query_tokens, mask=valid, other=float("inf"))
         offset = -row_lse[None, :] * LOG2_E
         if ONE_TILE:  # for dq the keys are columns
-            offset += _nowhere(inside)[:, None]
+            offset += nowhere(inside)[:, None]
         if bias is not None:
             query_places = bias_places(queries, count, columns, extent_w)
             offset += load_bias(
                 bias, head, query_places[None, :], places[:, None], extent_h, extent_w
             )
-        p, dp = _recompute(k, q, v, do, offset, scale)
+        p, dp = recompute(k, q, v, do, offset, scale)
         if ONE_TILE and pooled is None:  # all keys are here: no need of out
             row_delta = tl.sum(p * dp, 0)
             if bias is not None:
@@ -253,13 +233,13 @@ def _window_attention_backward_kernel(
             step_v = load_tile(
                 q_base + 2 * channels, key_tokens, valid, 3 * channels, HEAD_DIM, BLOCK_D
             )
-            offset = _nowhere(valid)[None, :] - row_lse
+            offset = nowhere(valid)[None, :] - row_lse
             if bias is not None:
                 key_places = bias_places(keys, count, columns, extent_w)
                 offset += load_bias(
                     bias, head, places[:, None], key_places[None, :], extent_h, extent_w
                 )
-            p, dp = _recompute(q, step_k, do, step_v, offset, scale)
+            p, dp = recompute(q, step_k, do, step_v, offset, scale)
             ds = p * (dp - row_delta)
             dq += dot(ds.to(step_k.dtype), step_k)
     if pooled is not None:
@@ -271,8 +251,8 @@ def _window_attention_backward_kernel(
             pool_v = load_tile(
                 pool_base + channels, pool_keys, real, 2 * channels, HEAD_DIM, BLOCK_D
             )
-            offset = _nowhere(real)[None, :] - row_lse
-            p, dp = _recompute(q, pool_k, do, pool_v, offset, scale)
+            offset = nowhere(real)[None, :] - row_lse
+            p, dp = recompute(q, pool_k, do, pool_v, offset, scale)
             ds = p * (dp - row_delta)
             dq += dot(ds.to(pool_k.dtype), pool_k)
     store_tile(dq_base, tokens, inside, 3 * channels, dq * scale, HEAD_DIM, BLOCK_D)
@@ -345,8 +325,8 @@ def _window_attention_bias_backward_kernel(
         do = load_tile(do_base, query_tokens, query_valid, channels, HEAD_DIM, BLOCK_D)
         row_lse = tl.load(lse + row_offset + query_tokens, mask=query_valid, other=float("inf"))
         row_delta = tl.load(delta + row_offset + query_tokens, mask=query_valid, other=0.0)
-        offset = shift - row_lse[:, None] * LOG2_E + _nowhere(key_valid)[None, :]
-        p, dp = _recompute(q, k, do, v, offset, scale)
+        offset = shift - row_lse[:, None] * LOG2_E + nowhere(key_valid)[None, :]
+        p, dp = recompute(q, k, do, v, offset, scale)
         acc += p * (dp - row_delta[:, None])
     base = partial + (chunk * heads + head).to(tl.int64) * extent * extent
     pointers = base + queries.to(tl.int64)[:, None] * extent + keys[None, :]

@@ -43,6 +43,21 @@ def tile_for(table: Table, qkv: Tensor, head_dim: int, tokens: int) -> Tile:
     return entries[min((size for size in entries if size >= tokens), default=max(entries))]
 
 
+def launch_options(tile: Tile) -> dict[str, int | bool]:
+    """What Triton compiles a kernel with."""
+    return {
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+        "maxnreg": tile.registers,
+        "enable_fp_fusion": True,
+    }
+
+
+def head_options(tile: Tile, head_dim: int) -> dict[str, int | bool]:
+    """The same, and the widths of a head's rows."""
+    return {"HEAD_DIM": head_dim, "BLOCK_D": block_d(head_dim), **launch_options(tile)}
+
+
 # Tokens of the largest cell -> tile. A backward tile that holds a whole cell, and whose block and
 # step agree, computes its scores once instead of twice.
 
@@ -99,7 +114,7 @@ BACKWARD: Table = {
         16: Tile(16, 16, 1, 1, 168, 9216),
         32: Tile(32, 32, 2, 1, 255, 18432),
         64: Tile(64, 64, 4, 1, 255, 34816),
-        128: Tile(64, 32, 8, 3, 255, 41472),
+        128: Tile(64, 32, 8, 3, 255, 41984),
     },
     (2, 128): {
         16: Tile(16, 16, 2, 1, 255, 20480),

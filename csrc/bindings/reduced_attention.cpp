@@ -5,6 +5,10 @@
 #include "bind.h"
 #include "cpu/reduced_attention.h"
 
+#ifdef KERNELPOSE_WITH_CUDA
+#include "cuda/reduced_attention.h"
+#endif
+
 namespace kernelpose::bindings {
 namespace {
 
@@ -38,6 +42,29 @@ KP_BIND(m) {
                      pointer(grad_kv), shape_of(shape), static_cast<DType>(dtype), threads),
                  "reduced_attention");
   });
+#ifdef KERNELPOSE_WITH_CUDA
+  m.def("cuda_reduced_attention_backward_workspace", [](const ShapeTuple& shape, int dtype) {
+    return cuda::reduced_attention_backward_workspace(shape_of(shape), static_cast<DType>(dtype));
+  });
+  m.def("cuda_reduced_attention_forward", [](Address q, Address kv, Address out, Address lse,
+                                             const ShapeTuple& shape, int dtype, Address stream) {
+    const py::gil_scoped_release release;
+    check_cuda(cuda::reduced_attention_forward(pointer(q), pointer(kv), pointer(out),
+                                               pointer<float>(lse), shape_of(shape),
+                                               static_cast<DType>(dtype), stream_of(stream)),
+               "reduced_attention");
+  });
+  m.def("cuda_reduced_attention_backward",
+        [](Address grad_out, Address q, Address kv, Address lse, Address grad_q, Address grad_kv,
+           Address workspace, const ShapeTuple& shape, int dtype, Address stream) {
+          const py::gil_scoped_release release;
+          check_cuda(cuda::reduced_attention_backward(
+                         pointer(grad_out), pointer(q), pointer(kv), pointer<float>(lse),
+                         pointer(grad_q), pointer(grad_kv), pointer(workspace), shape_of(shape),
+                         static_cast<DType>(dtype), stream_of(stream)),
+                     "reduced_attention");
+        });
+#endif
 }
 
 }  // namespace kernelpose::bindings

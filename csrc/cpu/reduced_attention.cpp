@@ -263,7 +263,7 @@ bool forward(const Element* q, const Element* kv, Element* out, Compute<Element>
       if (!lse) continue;
       T* head_lse = lse + (task.image * shape.heads + task.head) * shape.queries + first;
       for (int i = 0; i < count; ++i) {
-        head_lse[i] = T(kLn2) * (largest[i] + logarithm2(sums[i]));
+        head_lse[i] = largest[i] + logarithm2(sums[i]);
       }
     }
   });
@@ -375,8 +375,7 @@ class Backward {
     for (int i = 0; i < count; ++i) {
       T* weights = scratch.weights + i * sizes_.keys_pad;
       T* grads = scratch.grad_scores + i * sizes_.keys_pad;
-      score_gradients(weights, grads, sizes_,
-                      recompute_weights(weights, grads, sizes_, lse[i] * T(kLog2E)));
+      score_gradients(weights, grads, sizes_, recompute_weights(weights, grads, sizes_, lse[i]));
     }
     write_product(grad_q, first, count, sizes_, scratch.grad_scores, scratch.keys, scratch.rows);
     add_transposed(sizes_, count, scratch.grad_scores, q.data, q.stride, scratch.grad_keys);

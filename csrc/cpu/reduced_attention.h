@@ -1,5 +1,6 @@
 // CPU kernels of reduced_attention. All tensors are contiguous; see
-// kernelpose/ops/reduced_attention.py for their shapes. lse is of the compute type, and null where
+// kernelpose/ops/reduced_attention.py for their shapes. lse, log2 of the sum
+// of exp of a query's scores, is of the compute type, and null where
 // nobody wants it.
 #pragma once
 

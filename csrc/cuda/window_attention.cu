@@ -118,31 +118,7 @@ __global__ void __launch_bounds__(Tile<T>::kThreads, resident_blocks<T>(kForward
         to_scores<false, kChunk>(s, problem.scale, bias, problem.bias_centre, row_place,
                                  places + stage * kRows + slot_row + c, left - problem.pools - c,
                                  left - c, lane);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float top = maximum[half];
-#pragma unroll
-          for (int j = 0; j < kChunk / 8; ++j) {
-            top = fmaxf(top, fmaxf(s[j][2 * half], s[j][2 * half + 1]));
-          }
-          top = row_max(top);
-          const float rescale = exp2_approx(maximum[half] - top);
-          maximum[half] = top;
-          sum[half] *= rescale;
-#pragma unroll
-          for (int j = 0; j < D / 8; ++j) {
-            o[j][2 * half] *= rescale;
-            o[j][2 * half + 1] *= rescale;
-          }
-#pragma unroll
-          for (int j = 0; j < kChunk / 8; ++j) {
-#pragma unroll
-            for (int i = 2 * half; i < 2 * half + 2; ++i) {
-              s[j][i] = exp2_approx(s[j][i] - top);
-              sum[half] += s[j][i];
-            }
-          }
-        }
+        softmax_step<D, kChunk>(s, o, maximum, sum);
         add_product<D, kChunk>(o, s, key_rows + kTile, lane);
       }
     };

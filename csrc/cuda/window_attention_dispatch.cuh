@@ -2,50 +2,21 @@
 #pragma once
 
 #include <initializer_list>
-#include <type_traits>
 
-#include "kernelpose/dtype.h"
 #include "window_attention_tiles.cuh"
 
 namespace kernelpose::cuda {
 
-// Calls run(T{}, std::integral_constant<int, D>{}), D the smallest of the compiled widths that
-// holds head_dim.
-template <class T, class Run>
-cudaError_t dispatch_width(int head_dim, const Run& run) {
-  if (head_dim < 1 || head_dim > 128) return cudaErrorInvalidValue;
-  if (head_dim <= 32) return run(T{}, std::integral_constant<int, 32>{});
-  if (head_dim <= 64) return run(T{}, std::integral_constant<int, 64>{});
-  if (head_dim <= 80) return run(T{}, std::integral_constant<int, 80>{});
-  return run(T{}, std::integral_constant<int, 128>{});
-}
-
 template <class Run>
 cudaError_t dispatch(DType dtype, const WindowAttentionShape& shape, const Run& run) {
-  const int head_dim = shape.head_dim;
   // What Tokens can count; a map of 1600 x 1600 tokens.
   if (shape.tokens() * shape.columns.size >= int64_t{1} << 32) return cudaErrorInvalidValue;
-  switch (dtype) {
-    case DType::kFloat32:
-      return dispatch_width<float>(head_dim, run);
-    case DType::kFloat16:
-      return dispatch_width<__half>(head_dim, run);
-    case DType::kBFloat16:
-      return dispatch_width<__nv_bfloat16>(head_dim, run);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return dispatch_type(dtype, shape.head_dim, run);
 }
-
-inline int element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 template <class T>
 bool rows_aligned(const WindowAttentionShape& shape, std::initializer_list<const void*> tensors) {
-  bool aligned = shape.head_dim * sizeof(T) % 16 == 0;
-  for (const void* tensor : tensors) {
-    aligned = aligned && reinterpret_cast<uintptr_t>(tensor) % 16 == 0;
-  }
-  return aligned;
+  return kernelpose::rows_aligned<T>(shape.head_dim, tensors);
 }
 
 template <class T>  // (image, token, head, c)

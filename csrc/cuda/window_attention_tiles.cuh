@@ -7,10 +7,7 @@
 // slots. Each warp works on, and copies, rows 16 w .. 16 w + 15 of every tile: rows of one slot.
 #pragma once
 
-#include <cmath>
-
-#include "kernelpose/launch.cuh"
-#include "kernelpose/warp_tile.cuh"
+#include "kernelpose/attention.cuh"
 #include "kernelpose/window_attention.h"
 
 namespace kernelpose::cuda {
@@ -184,8 +181,6 @@ struct Work {
   }
 };
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 inline int largest_cell(const WindowAttentionShape& shape) {  // tokens, an upper bound
   const auto edge = [](const Axis& axis) {
     return axis.extent() < axis.size ? axis.extent() : axis.size;
@@ -196,19 +191,6 @@ inline int largest_cell(const WindowAttentionShape& shape) {  // tokens, an uppe
 template <class T>
 int rows_of_slot(int rows) {
   return rows <= Tile<T>::kRows / 2 ? Tile<T>::kRows / 2 : Tile<T>::kRows;
-}
-
-// The most shared memory of a block that every GPU since sm_80 has, sm_86 and sm_89 included.
-constexpr int kSharedLimit = 99 * 1024;
-
-// Stages of a ring for `tiles` column tiles of `stage` bytes beside `fixed` bytes: all tiles if
-// they leave room for two blocks a multiprocessor, else two, or one where two are too many.
-inline int ring_stages(int64_t tiles, int64_t stage, int64_t fixed) {
-  constexpr int64_t kComfortable = 80 * 1024;
-  int stages = tiles < kMaxStages ? static_cast<int>(tiles) : kMaxStages;
-  while (stages > 2 && fixed + stages * stage > kComfortable) --stages;
-  while (stages > 1 && fixed + stages * stage > kSharedLimit) --stages;
-  return stages;
 }
 
 // `cells` cells of at most `rows` rows and `columns` columns. A block takes several row tiles of a
@@ -229,15 +211,6 @@ Grid make_grid(const WindowAttentionShape& shape, int cells, int rows, int colum
   const int64_t splits = ceil_div(row_tiles, tiles_per_block);
   return {cells * packs * splits, static_cast<int>(packs), static_cast<int>(splits),
           static_cast<int>(tiles_per_block), stages};
-}
-
-// A launch of a one-dimensional grid, which may have too many blocks.
-template <class... P, class... A>
-cudaError_t launch_blocks(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes,
-                          cudaStream_t stream, A&&... args) {
-  if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
-  return launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), shared_bytes, stream,
-                std::forward<A>(args)...);
 }
 
 // The relative-position table as one head sees it: in shared memory where it fits, else in place.
@@ -287,12 +260,7 @@ __device__ __forceinline__ void to_scores(float (&s)[N / 8][4], float scale, con
                                           int centre, const int (&row_place)[2],
                                           const int* column_places, int biased, int count,
                                           int lane) {
-  const float scale2 = scale * kLog2E;
-#pragma unroll
-  for (int j = 0; j < N / 8; ++j) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) s[j][i] *= scale2;
-  }
+  scale_scores<N>(s, scale * kLog2E);
   if (bias.table != nullptr) {
 #pragma unroll
     for (int j = 0; j < N / 8; ++j) {
@@ -308,15 +276,7 @@ __device__ __forceinline__ void to_scores(float (&s)[N / 8][4], float scale, con
       }
     }
   }
-  if (count < N) {
-#pragma unroll
-    for (int j = 0; j < N / 8; ++j) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (8 * j + 2 * (lane & 3) + (i & 1) >= count) s[j][i] = -INFINITY;
-      }
-    }
-  }
+  hide_columns<N>(s, count, lane);
 }
 
 }  // namespace kernelpose::cuda

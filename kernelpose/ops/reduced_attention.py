@@ -99,10 +99,15 @@ def _scaled_dot_product(q: Tensor, kv: Tensor, num_heads: int, scale: float) -> 
 def _forward(
     q: Tensor, kv: Tensor, num_heads: int, scale: float, backend: str, lse: Tensor | None
 ) -> Tensor:
-    """out; writes the log-sum-exp of each query's scores to lse (B, heads, N) if it is wanted."""
+    """out; writes log2 of the sum of exp of each query's scores to lse (B, heads, N), if given."""
     q, kv = q.contiguous(), kv.contiguous()
     out = torch.empty_like(q)
     if out.numel() == 0:
+        return out
+    if backend == "triton":
+        from kernelpose.triton_kernels import reduced_attention as kernels
+
+        kernels.forward(q, kv, out, lse, num_heads, scale)
         return out
     shape, code = _native_shape(q, kv, num_heads, scale), _native.DTYPE_CODES[q.dtype]
     addresses = [_native.address(t) for t in (q, kv, out, lse)]
@@ -132,6 +137,11 @@ def _run_backward(
     grad_q, grad_kv = torch.empty_like(q), torch.empty_like(kv)
     if q.numel() == 0:
         return grad_q, grad_kv.zero_()
+    if backend == "triton":
+        from kernelpose.triton_kernels import reduced_attention as kernels
+
+        kernels.backward(grad_out, q, kv, lse, grad_q, grad_kv, num_heads, scale)
+        return grad_q, grad_kv
     shape, code = _native_shape(q, kv, num_heads, scale), _native.DTYPE_CODES[q.dtype]
     memory = _native.workspace("reduced_attention_backward", q, shape, code)
     tensors = (grad_out, q, kv, lse, grad_q, grad_kv, *([memory] if q.is_cuda else []))
@@ -228,6 +238,8 @@ register_backends(
     OpSpec(
         name="reduced_attention",
         dtypes={
+            "cuda": _FLOATS,
+            "triton": _FLOATS,
             "cpu": (*_FLOATS, torch.float64),
             "torch": (*_FLOATS, torch.float64),
             "eager": (*_FLOATS, torch.float64),

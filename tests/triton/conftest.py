@@ -32,6 +32,7 @@ with pytest.MonkeyPatch.context() as patch:
         heatmap_loss,
         multi_granularity,
         multi_granularity_backward,
+        reduced_attention,
         spatial_gate,
         window_attention,
     )
