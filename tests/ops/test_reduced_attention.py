@@ -60,7 +60,7 @@ CASES = {
     "stage1-384": Case(400, 108, 1, 64, batch=1),
     "odd": Case(37, 29, 3, 20),
     "odd-chunks": Case(400, 13, 1, 12, batch=1),
-    "many-keys": Case(70, 301, 1, 40, batch=1),
+    "many-keys": Case(20, 301, 1, 40),
     "panel": Case(50, 64, 1, 80, batch=1),
     "widest-head": Case(20, 70, 1, 128, batch=1),
     "narrow-head": Case(19, 17, 2, 1),
