@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kernelpose.models.vit import DropPath
@@ -32,6 +33,8 @@ class PatchEmbed(nn.Module):
     def __init__(self, in_channels: int, dim: int, kernel: int, stride: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_channels, dim, kernel, stride=stride, padding=kernel // 2)
+        # As in SRAttention.
+        nn.utils.convert_conv2d_weight_memory_format(self.proj, torch.channels_last)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -35,6 +35,8 @@ class HRPMv1(nn.Module):
         super().__init__()
         self.pyramid = DilatedPyramid(in_channels, width, dilations, stride=2)
         self.proj = nn.Conv2d(width * len(dilations), dim, 3, stride=2, padding=1)
+        # As in SRAttention.
+        nn.utils.convert_conv2d_weight_memory_format(self.proj, torch.channels_last)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, images: Tensor) -> Tensor:
