@@ -58,5 +58,6 @@ def workspace(function: str, like: Tensor, *args: Any) -> Tensor | None:
     """Scratch memory of `cuda_<function>_workspace(*args)` bytes, from torch's allocator."""
     if like.device.type == "cpu":
         return None
-    size = getattr(core, f"cuda_{function}_workspace")(*args)
+    with torch.cuda.device(like.device.index):
+        size = getattr(core, f"cuda_{function}_workspace")(*args)
     return torch.empty(size, dtype=torch.uint8, device=like.device) if size else None

@@ -8,6 +8,10 @@
 #include "bind.h"
 #include "cpu/multi_granularity.h"
 
+#ifdef KERNELPOSE_WITH_CUDA
+#include "cuda/multi_granularity.h"
+#endif
+
 namespace kernelpose::bindings {
 namespace {
 
@@ -22,19 +26,22 @@ MultiGranularityShape shape_of(const ShapeTuple& t) {
 // Weights of the branches, their biases, the weight and the bias of the mix.
 using Parameters = std::array<Address, 8>;
 
-cpu::MultiGranularityWeights weights_of(const Parameters& p) {
-  return {{pointer(p[0]), pointer(p[1]), pointer(p[2])},
-          {pointer(p[3]), pointer(p[4]), pointer(p[5])},
-          pointer(p[6]),
-          pointer(p[7])};
+// For either device: cpu and cuda have a struct of the same members.
+template <class Weights, class T = void>
+Weights weights_of(const Parameters& p) {
+  return {{pointer<T>(p[0]), pointer<T>(p[1]), pointer<T>(p[2])},
+          {pointer<T>(p[3]), pointer<T>(p[4]), pointer<T>(p[5])},
+          pointer<T>(p[6]),
+          pointer<T>(p[7])};
 }
 
-cpu::MultiGranularityGradients gradients_of(Address x, const Parameters& p) {
+template <class Gradients, class T = void>
+Gradients gradients_of(Address x, const Parameters& p) {
   return {pointer(x),
-          {pointer(p[0]), pointer(p[1]), pointer(p[2])},
-          {pointer(p[3]), pointer(p[4]), pointer(p[5])},
-          pointer(p[6]),
-          pointer(p[7])};
+          {pointer<T>(p[0]), pointer<T>(p[1]), pointer<T>(p[2])},
+          {pointer<T>(p[3]), pointer<T>(p[4]), pointer<T>(p[5])},
+          pointer<T>(p[6]),
+          pointer<T>(p[7])};
 }
 
 }  // namespace
@@ -44,21 +51,49 @@ KP_BIND(m) {
                                             const ShapeTuple& shape, int dtype, int threads) {
     using namespace cpu;
     const py::gil_scoped_release release;
-    const bool ran = KP_SELECT_ISA(multi_granularity_forward)(pointer(x), weights_of(parameters),
-                                                              pointer(out), shape_of(shape),
-                                                              static_cast<DType>(dtype), threads);
+    const bool ran = KP_SELECT_ISA(multi_granularity_forward)(
+        pointer(x), weights_of<MultiGranularityWeights>(parameters), pointer(out), shape_of(shape),
+        static_cast<DType>(dtype), threads);
     check_memory(ran, "multi_granularity");
   });
   m.def("cpu_multi_granularity_backward",
         [](Address grad_out, Address x, const Parameters& parameters, Address grad_x,
-           const Parameters& gradients, const ShapeTuple& shape, int dtype, int threads) {
+           const Parameters& gradients, Address, const ShapeTuple& shape, int dtype, int threads) {
           using namespace cpu;
           const py::gil_scoped_release release;
           const bool ran = KP_SELECT_ISA(multi_granularity_backward)(
-              pointer(grad_out), pointer(x), weights_of(parameters),
-              gradients_of(grad_x, gradients), shape_of(shape), static_cast<DType>(dtype), threads);
+              pointer(grad_out), pointer(x), weights_of<MultiGranularityWeights>(parameters),
+              gradients_of<MultiGranularityGradients>(grad_x, gradients), shape_of(shape),
+              static_cast<DType>(dtype), threads);
           check_memory(ran, "the backward of multi_granularity");
         });
+#ifdef KERNELPOSE_WITH_CUDA
+  m.def("cuda_multi_granularity_forward", [](Address x, const Parameters& parameters, Address out,
+                                             const ShapeTuple& shape, int dtype, Address stream) {
+    using namespace cuda;
+    const py::gil_scoped_release release;
+    check_cuda(multi_granularity_forward(
+                   pointer(x), weights_of<MultiGranularityWeights, float>(parameters), pointer(out),
+                   shape_of(shape), static_cast<DType>(dtype), stream_of(stream)),
+               "multi_granularity");
+  });
+  m.def("cuda_multi_granularity_backward_workspace", [](const ShapeTuple& shape, int dtype) {
+    return cuda::multi_granularity_backward_workspace(shape_of(shape), static_cast<DType>(dtype));
+  });
+  m.def("cuda_multi_granularity_backward", [](Address grad_out, Address x,
+                                              const Parameters& parameters, Address grad_x,
+                                              const Parameters& gradients, Address workspace,
+                                              const ShapeTuple& shape, int dtype, Address stream) {
+    using namespace cuda;
+    const py::gil_scoped_release release;
+    check_cuda(
+        multi_granularity_backward(
+            pointer(grad_out), pointer(x), weights_of<MultiGranularityWeights, float>(parameters),
+            gradients_of<MultiGranularityGradients, float>(grad_x, gradients), pointer(workspace),
+            shape_of(shape), static_cast<DType>(dtype), stream_of(stream)),
+        "multi_granularity");
+  });
+#endif
 }
 
 }  // namespace kernelpose::bindings

@@ -34,12 +34,13 @@ def native_shape(maps: Tensor) -> tuple[int | bool, ...]:
     return batch, channels, height * width, not maps.is_contiguous()
 
 
-def too_large(backend: str, maps: Tensor) -> str | None:
-    """The objection to maps beyond a GPU's grid, or Triton's 32-bit places in an image."""
+def too_large(backend: str, maps: Tensor, elements: bool = False) -> str | None:
+    """The objection to maps beyond a GPU's grid, or 32-bit places in an image, as Triton has and,
+    with `elements`, the CUDA kernels as well."""
     if backend == "cpu" or torch.compiler.is_exporting():  # or sizes would get an upper bound
         return None
     limits = [("channels of all images", maps.shape[0] * maps.shape[1])]
-    if backend == "triton":
+    if backend == "triton" or elements:
         limits.append(("elements of an image", maps.shape[1] * maps.shape[2] * maps.shape[3]))
     for what, count in limits:
         if count >= 2**31:

@@ -22,6 +22,7 @@ from kernelpose.ops._register import autocast, is_plain, no_second_derivative, r
 from kernelpose.reference.multi_granularity import multi_granularity as reference
 
 SIDES = (7, 5, 3)
+MAX_GROUP_CHANNELS = 96  # whose mix fits the shared memory of a block; as in csrc/cuda
 
 
 def multi_granularity(
@@ -164,9 +165,10 @@ def _run_backward(
     maps = [_native.address(t) for t in (grad_out, x, grad_x)]
     addresses, of_gradients = ([_native.address(t) for t in p] for p in (parameters, gradients))
     shape, code = (*native_shape(x), x.shape[3], groups), _native.DTYPE_CODES[x.dtype]
+    memory = _native.workspace("multi_granularity_backward", x, shape, code)
     _native.call(
         "multi_granularity_backward", x,
-        maps[0], maps[1], addresses, maps[2], of_gradients, shape, code,
+        maps[0], maps[1], addresses, maps[2], of_gradients, _native.address(memory), shape, code,
     )  # fmt: skip
     return grad_x, *gradients
 
@@ -214,18 +216,23 @@ _op = register(
 
 def _objection(backend: str, x: Tensor, *_: Any, groups: int = 16, **__: Any) -> str | None:
     batch, channels, height, width = x.shape
+    if backend == "cuda" and channels // groups > MAX_GROUP_CHANNELS:
+        return (
+            f"it takes groups of at most {MAX_GROUP_CHANNELS} channels, and these have "
+            f"{channels // groups}"
+        )
     if backend == "triton" and not torch.compiler.is_exporting():
         weights = 3 * (channels // groups) ** 2
         programs = batch * (height * width // 16 + 1) * (channels // 32 + 1 + 3 * groups)
         for what, count in (("weights of a group's mix", weights), ("programs", programs)):
             if count >= 2**31:
                 return f"it takes fewer than {2**31} {what}, and this has {count}"
-    return too_large(backend, x)
+    return too_large(backend, x, elements=True)
 
 
 def _automatic(x: Tensor) -> tuple[str, ...]:
-    """On a GPU nothing was measured yet."""
-    return {"cuda": ("triton",), "cpu": ("cpu",)}.get(x.device.type, ())
+    """On a GPU nothing was measured yet; CUDA C++ stands first."""
+    return {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}.get(x.device.type, ())
 
 
 def _example(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -243,6 +250,7 @@ register_backends(
     OpSpec(
         name="multi_granularity",
         dtypes={
+            "cuda": _FLOATS,
             "triton": _FLOATS,
             "cpu": (*_FLOATS, torch.float64),
             "eager": (*_FLOATS, torch.float64),

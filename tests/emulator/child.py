@@ -52,19 +52,23 @@ class DeviceMemory:
         return result
 
 
+def each(function: Callable[[Any], Any], given: Any) -> Any:
+    """Of one argument, or of each in a list."""
+    return [each(function, g) for g in given] if isinstance(given, list) else function(given)
+
+
 def main() -> None:
     library, given, answer = sys.argv[1:]
     functions = load(library)
     results = []
     for name, args, settings in pickle.loads(Path(given).read_bytes()):
-        passed = [DeviceMemory(a) if isinstance(a, np.ndarray) else a for a in args]
+        passed = each(lambda a: DeviceMemory(a) if isinstance(a, np.ndarray) else a, list(args))
         os.environ.update(settings)
-        value = functions(name)(*(getattr(a, "address", a) for a in passed))
+        value = functions(name)(*each(lambda a: getattr(a, "address", a), passed))
         for setting in settings:
             del os.environ[setting]
-        results.append(
-            (value, [a.contents() if isinstance(a, DeviceMemory) else a for a in passed])
-        )
+        after = each(lambda a: a.contents() if isinstance(a, DeviceMemory) else a, passed)
+        results.append((value, after))
     Path(answer).write_bytes(pickle.dumps(results))
 
 

@@ -29,7 +29,7 @@ class EmulatorError(Exception):
 
 @dataclass
 class Call:
-    """One call: tensors go in as pointers to copies, numbers as they are.
+    """One call: tensors go in as pointers to copies, numbers as they are, lists of either as lists.
 
     `settings` are the emulator's environment variables less their prefix: {"seed": 1}.
     """
@@ -72,14 +72,20 @@ def run(library: Path, calls: Sequence[Call], timeout: float = 300) -> list[Resu
 
 def _encode(call: Call) -> tuple[str, list[Any], dict[str, str]]:
     settings = {f"KERNELPOSE_EMULATOR_{k.upper()}": str(v) for k, v in call.settings.items()}
-    return call.function, [_array(a) if isinstance(a, Tensor) else a for a in call.args], settings
+    return call.function, [_array(a) for a in call.args], settings
 
 
-def _array(tensor: Tensor) -> Any:
-    """As numpy knows it: bfloat16 by its bits."""
-    tensor = tensor.detach().contiguous()
+def _array(given: Any) -> Any:
+    """A tensor as numpy knows it: bfloat16 by its bits. A list by its elements."""
+    if isinstance(given, list):
+        return [_array(g) for g in given]
+    if not isinstance(given, Tensor):
+        return given
+    tensor = given.detach().contiguous()
     return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def _tensor(given: Any, array: Any) -> Any:
+    if isinstance(given, list):
+        return [_tensor(*pair) for pair in zip(given, array, strict=True)]
     return torch.from_numpy(array).view(given.dtype) if isinstance(given, Tensor) else array

@@ -15,7 +15,7 @@ from kernelpose.ops import multi_granularity
 from tests.ops import checks
 from tests.parity import assert_parity
 
-KERNELS = ("cpu", "triton")
+KERNELS = ("cpu", "cuda", "triton")
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ def test_second_derivative_is_refused_and_eager_has_it(backend: str) -> None:
             assert torch.autograd.grad(first.square().sum(), x)[0].abs().max() > 0
 
 
-@pytest.mark.parametrize("backend", ["triton"])
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("name", ["mitpose", "odd-tokens"])
 def test_side_stream_and_graph_capture(name: str, backend: str) -> None:
     checks.check_side_stream(CASES[name], backend)
@@ -266,6 +266,22 @@ def test_triton_objects_to_what_its_numbers_cannot_hold(
     x = torch.empty(shape, device="meta")
     assert text in (objection("triton", x, groups=groups) or "")
     assert objection("cpu", x, groups=groups) is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "text"),
+    [
+        ((1, 2 * 97, 1, 1), "groups of at most 96 channels, and these have 97"),
+        ((1, 4, 2**15, 2**14), f"{2**31} elements of an image, and this has {2**31}"),
+        ((2**29, 4, 1, 1), f"{2**31} channels of all images, and this has {2**31}"),
+    ],
+)
+def test_cuda_objects_to_what_it_has_no_room_for(shape: tuple[int, ...], text: str) -> None:
+    objection = OPS["multi_granularity"].objection
+    batch, channels, height, width = shape
+    assert text in (objection("cuda", torch.empty(shape, device="meta"), groups=2) or "")
+    smaller = torch.empty(batch, channels - 2, height, width, device="meta")
+    assert objection("cuda", smaller, groups=2) is None
 
 
 ZEROS = torch.zeros(2, 8, 3, 4)
