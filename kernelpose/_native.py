@@ -46,7 +46,7 @@ def call(function: str, like: Tensor, *args: Any) -> Any:
     The last argument is added here: on a CPU the number of threads that torch has, on a GPU torch's
     current stream, read on every call, as graph capture and side streams need it.
     """
-    if like.device.type == "cpu":
+    if like.is_cpu:
         return getattr(core, f"cpu_{function}")(*args, torch.get_num_threads())
     index = like.device.index
     with torch.cuda.device(index):
@@ -56,7 +56,7 @@ def call(function: str, like: Tensor, *args: Any) -> Any:
 
 def workspace(function: str, like: Tensor, *args: Any) -> Tensor | None:
     """Scratch memory of `cuda_<function>_workspace(*args)` bytes, from torch's allocator."""
-    if like.device.type == "cpu":
+    if like.is_cpu:
         return None
     with torch.cuda.device(like.device.index):
         size = getattr(core, f"cuda_{function}_workspace")(*args)

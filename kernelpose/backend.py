@@ -111,11 +111,21 @@ class backend:
         return False
 
 
+def device_type(tensor: Tensor) -> str:
+    """`tensor.device.type`, without the microsecond that making the device and its name take."""
+    if not torch.compiler.is_compiling():
+        if tensor.is_cpu:
+            return "cpu"
+        if tensor.is_cuda:
+            return "cuda"
+    return tensor.device.type
+
+
 def _unavailable(name: str, tensor: Tensor) -> str | None:
     """Why a backend is out of the question on this device, whatever the op."""
-    device = tensor.device.type
     if name in ("torch", "eager"):
         return None
+    device = device_type(tensor)
     if not torch.compiler.is_compiling() and (
         torch._C._functorch.is_functorch_wrapped_tensor(tensor)
         or torch.autograd.forward_ad._current_level >= 0
@@ -150,11 +160,20 @@ def why_not(op: str, name: str, *inputs: Any, **options: Any) -> str | None:
     """
     if name == "eager":
         return None
-    spec = OPS[op]
-    _known(name)
+    return _objection(OPS[op], _known(name), inputs, options)
+
+
+def _main(inputs: tuple[Any, ...]) -> Tensor:
+    first = inputs[0]
+    return first if isinstance(first, Tensor) else first[0]
+
+
+def _objection(
+    spec: OpSpec, name: str, inputs: tuple[Any, ...], options: Mapping[str, Any]
+) -> str | None:
     if name not in spec.dtypes:
-        return f"{op} has no {name} backend"
-    tensor = inputs[0] if isinstance(inputs[0], Tensor) else inputs[0][0]
+        return f"{spec.name} has no {name} backend"
+    tensor = _main(inputs)
     reason = _unavailable(name, tensor)
     if reason is not None:
         return reason
@@ -175,8 +194,18 @@ def choose(op: str, requested: str | None, *inputs: Any, **options: Any) -> str:
                 f"backend is {asked!r}; expected one that can run {op}, which it cannot: {reason}."
             )
         return asked
-    tensor = inputs[0] if isinstance(inputs[0], Tensor) else inputs[0][0]
-    for name in OPS[op].automatic(tensor):
-        if why_not(op, name, *inputs, **options) is None:
+    spec = OPS[op]
+    for name in spec.automatic(_main(inputs)):
+        if _objection(spec, name, inputs, options) is None:
             return name
     return "eager"
+
+
+def core_unasked() -> bool:
+    """Whether `choose` gives "cpu" for plain CPU tensors that "cpu" comes first for, has no
+    objection to and computes, asking for nothing: the short answer, for calls as quick as it."""
+    return (
+        _chosen is None
+        and _native.core is not None
+        and torch.autograd.forward_ad._current_level < 0
+    )

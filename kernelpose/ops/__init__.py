@@ -1,5 +1,6 @@
 """The ops as functions; each is `kernelpose.ops.<op>` and its file `kernelpose/ops/<op>.py`."""
 
+from kernelpose.ops.add_layer_norm import add_layer_norm
 from kernelpose.ops.channel_fuse import channel_fuse
 from kernelpose.ops.crop_normalize import crop_normalize
 from kernelpose.ops.decode_heatmap import decode_heatmap
@@ -15,6 +16,7 @@ from kernelpose.ops.spatial_gate import spatial_gate
 from kernelpose.ops.window_attention import window_attention
 
 __all__ = [
+    "add_layer_norm",
     "channel_fuse",
     "crop_normalize",
     "decode_heatmap",
