@@ -5,6 +5,9 @@
 #include "bind.h"
 #include "cpu/add_layer_norm.h"
 
+#ifdef KERNELPOSE_WITH_CUDA
+#include "cuda/add_layer_norm.h"
+#endif
 namespace kernelpose::bindings {
 namespace {
 
@@ -48,6 +51,32 @@ KP_BIND(m) {
                            pointer(grad_parameters), shape_of(shape), types_of(types), threads),
                        "add_layer_norm");
         });
+#ifdef KERNELPOSE_WITH_CUDA
+  m.def("cuda_add_layer_norm_forward",
+        [](Address x, Address residual, Address weight, Address bias, Address sum, Address norm,
+           Address moments, const ShapeTuple& shape, const TypesTuple& types, Address stream) {
+          const py::gil_scoped_release release;
+          check_cuda(cuda::add_layer_norm_forward(pointer(x), pointer(residual), pointer(weight),
+                                                  pointer(bias), pointer(sum), pointer(norm),
+                                                  pointer<float>(moments), shape_of(shape),
+                                                  types_of(types), stream_of(stream)),
+                     "add_layer_norm");
+        });
+  m.def("cuda_add_layer_norm_parts", [](const ShapeTuple& shape, const TypesTuple& types) {
+    return cuda::add_layer_norm_parts(shape_of(shape), types_of(types));
+  });
+  m.def("cuda_add_layer_norm_backward", [](Address grad_sum, Address grad_norm, Address sum,
+                                           Address moments, Address weight, Address grad_residual,
+                                           Address grad_x, Address parts, const ShapeTuple& shape,
+                                           const TypesTuple& types, Address stream) {
+    const py::gil_scoped_release release;
+    check_cuda(cuda::add_layer_norm_backward(
+                   pointer(grad_sum), pointer(grad_norm), pointer(sum), pointer<float>(moments),
+                   pointer(weight), pointer(grad_residual), pointer(grad_x), pointer<float>(parts),
+                   shape_of(shape), types_of(types), stream_of(stream)),
+               "add_layer_norm");
+  });
+#endif
 }
 
 }  // namespace kernelpose::bindings

@@ -194,20 +194,26 @@ def _run_backward(
     if total.numel() == 0:
         grad_parameters.zero_()
         return grads
+    own_x = grad_x if x_dtype != total.dtype else None
+    tensors = (grad_sum, grad_norm, total, moments, weight, grad_residual, own_x)
     if backend == "triton":
         from kernelpose.triton_kernels import add_layer_norm as kernels
 
-        kernels.backward(grad_sum, grad_norm, total, moments, weight, *grads)
+        kernels.backward(*tensors, grad_parameters)
         return grads
     codes, channels = _native.DTYPE_CODES, weight.shape[0]
     shape = (total.numel() // channels, channels, 0.0)
-    own_x = grad_x if x_dtype != total.dtype else None
-    inputs = (grad_sum, grad_norm, total, moments, weight, grad_residual, own_x)
-    addresses = [_native.address(t) for t in inputs]
     types = (codes[x_dtype], codes[total.dtype], codes[weight.dtype])
-    _native.call(
-        "add_layer_norm_backward", total, *addresses, grad_parameters.data_ptr(), shape, types
-    )
+    addresses = [_native.address(t) for t in tensors]
+    if backend == "cpu":
+        addresses.append(grad_parameters.data_ptr())
+        _native.call("add_layer_norm_backward", total, *addresses, shape, types)
+        return grads
+    assert _native.core is not None
+    count = _native.core.cuda_add_layer_norm_parts(shape, types)
+    parts = grad_parameters.new_empty(count, 2, channels)
+    _native.call("add_layer_norm_backward", total, *addresses, parts.data_ptr(), shape, types)
+    torch.sum(parts, 0, out=grad_parameters)
     return grads
 
 

@@ -22,6 +22,7 @@ with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
     triton = pytest.importorskip("triton")
     from kernelpose.triton_kernels import (  # noqa: F401  # each op's, decorated here
+        add_layer_norm,
         channel_fuse,
         crop_normalize,
         decode_heatmap,
