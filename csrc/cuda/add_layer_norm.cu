@@ -19,9 +19,8 @@
 // budget: forward_kernel<*, 10> registers<=104
 // budget: backward_kernel<*, 0> registers<=64
 // budget: backward_kernel<*, 3> registers<=128
-// budget: backward_kernel<16-bit, 16-bit, *, 6> registers<=248
-// budget: backward_kernel<*, float, *, 6> registers<=136
-// budget: backward_kernel<*, 10> registers<=208
+// budget: backward_kernel<*, 6> registers<=168
+// budget: backward_kernel<*, 10> registers<=168
 #include "add_layer_norm.h"
 #include "kernelpose/launch.cuh"
 #include "kernelpose/numerics.cuh"
@@ -207,7 +206,8 @@ template <class X, class T, int N, int V>
 __global__ void __launch_bounds__(kThreads) backward_kernel(const Backward<X, T> op) {
   static_assert(kShared<N, V> * sizeof(float) <= 227 * 1024);
   using Vector = ElementVector<T, N>;
-  KP_DYNAMIC_SHARED(float, shared);  // (V, 2, N, kThreads), or kWarps
+  constexpr bool kEarly = V > 0 && V * N <= 24;  // are there registers for the gradient of the sum?
+  KP_DYNAMIC_SHARED(float, shared);              // (V, 2, N, kThreads), or kWarps
   const Place<N, V> place(op.lanes, op.channels);
   // Where this thread adds up: the gradient of weight (0) or bias (1) for its step's element e.
   float* const part = op.parts + static_cast<int64_t>(blockIdx.x) * 2 * op.channels;
@@ -227,16 +227,16 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const Backward<X, T>
     const int64_t end = row < op.rows ? op.channels : 0;
     const float mean = end ? op.moments[row] : 0.f, inverse = end ? op.moments[op.rows + row] : 0.f;
     Vector grads[place.kSlots], sums[place.kSlots], given[place.kSlots];
-    const auto load = [&](int64_t c, Vector& grad, Vector& sum, Vector& more) {
+    const auto load = [&](int64_t c, Vector& grad, Vector& sum) {
       grad = load_vector<N>(op.grad_norm + at + c);
       sum = load_vector<N>(op.sum + at + c);
-      if (op.grad_sum) more = load_vector<N>(op.grad_sum + at + c);
     };
     if constexpr (place.kHeld) {
 #pragma unroll
       for (int k = 0; k < V; ++k) {
         if (place.column(k) >= end) break;
-        load(place.column(k), grads[k], sums[k], given[k]);
+        load(place.column(k), grads[k], sums[k]);
+        if (kEarly && op.grad_sum) given[k] = load_vector<N>(op.grad_sum + at + place.column(k));
       }
     }
     float of_h = 0.f, of_hn = 0.f;
@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const Backward<X, T>
       const int64_t c = place.column(k);
       if (c >= end) break;
       const int i = k % place.kSlots;
-      if constexpr (!place.kHeld) load(c, grads[0], sums[0], given[0]);
+      if constexpr (!place.kHeld) load(c, grads[0], sums[0]);
       float weight[N];
       load_parameters<N>(op.weight, op.parameters, c, weight);
 #pragma unroll
@@ -262,7 +262,8 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const Backward<X, T>
       const int64_t c = place.column(k);
       if (c >= end) break;
       const int i = k % place.kSlots;
-      if constexpr (!place.kHeld) load(c, grads[0], sums[0], given[0]);
+      if constexpr (!place.kHeld) load(c, grads[0], sums[0]);
+      if (!kEarly && op.grad_sum) given[i] = load_vector<N>(op.grad_sum + at + c);
       float weight[N];
       load_parameters<N>(op.weight, op.parameters, c, weight);
       Vector result;

@@ -6,13 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5
-) -> tuple[Tensor, Tensor]:
-    total = x + residual
-    return total, F.layer_norm(total, weight.shape, weight, bias, eps)
-
-
 def dwconv_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, size: tuple[int, int]) -> Tensor:
     maps = x.unflatten(1, size).permute(0, 3, 1, 2)
     y = F.gelu(F.conv2d(maps, weight, bias, padding=1, groups=weight.shape[0]))
