@@ -22,6 +22,7 @@ from kernelpose.pipeline.model import (
     load_model,
     model_options,
     persons_a_pass,
+    pose_models,
 )
 from kernelpose.pipeline.predictor import Predictor
 from kernelpose.pipeline.sources import Source, find_sources
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="NAME",
-        help=f"one of {', '.join(kernelpose.list_models())} (default: what the checkpoint holds, "
+        help=f"one of {', '.join(pose_models())} (default: what the checkpoint holds, "
         f"{DEFAULT_MODEL} without one)",
     )
     parser.add_argument(
@@ -78,7 +79,7 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
         "--model",
         metavar="NAME",
         default=DEFAULT_MODEL,
-        help=f"one of {', '.join(kernelpose.list_models())} (default: %(default)s)",
+        help=f"one of {', '.join(pose_models())} (default: %(default)s)",
     )
 
 

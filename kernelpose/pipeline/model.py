@@ -103,9 +103,10 @@ def _random_model(name: str, options: Mapping[str, Any]) -> nn.Module:
 
 
 def _read(name: str | None, checkpoint: Path, options: Mapping[str, Any]) -> nn.Module:
-    names = [size for family in _pose_families() for size in family.sizes]
-    if name is not None and name not in names:
-        raise UserError(f"--model is {name}; expected one of {', '.join(names)} with a checkpoint.")
+    if name is not None and name not in pose_models():
+        raise UserError(
+            f"--model is {name}; expected one of {', '.join(pose_models())} with a checkpoint."
+        )
     state_dict = read_state_dict(checkpoint)
     family, _ = detect(state_dict)
     check_options(f"{checkpoint}", family, options)
@@ -137,8 +138,10 @@ def _read(name: str | None, checkpoint: Path, options: Mapping[str, Any]) -> nn.
     return model
 
 
-def _pose_families() -> list[Family]:
-    return [family for family in FAMILIES if issubclass(family.model, PoseModel)]
+def pose_models() -> list[str]:
+    """Names of the zoo's models that find keypoints, which a backbone alone does not."""
+    backbones = {name for f in FAMILIES if not issubclass(f.model, PoseModel) for name in f.sizes}
+    return [name for name in kernelpose.list_models() if name not in backbones]
 
 
 def family_of(name: str) -> Family | None:
@@ -150,7 +153,7 @@ def check_options(which: str, family: Family | None, options: Mapping[str, Any])
     """Raises UserError for a backbone alone, and for an option that a family's models lack."""
     if family is None:
         return
-    if family not in _pose_families():
+    if not issubclass(family.model, PoseModel):
         raise UserError(f"{which} is a backbone alone; expected a model that finds keypoints.")
     known = [name for name in MODEL_OPTIONS if name in signature(family.model).parameters]
     for option in options:

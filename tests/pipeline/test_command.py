@@ -210,7 +210,7 @@ def test_checkpoints_of_another_size_or_skeleton_are_refused(
 ) -> None:
     for joints, name, message in (
         (17, "vitpose-s", "--model is vitpose-s; expected a ViTPose of embed_dim 24, depth 2"),
-        (17, "vitpose-x", "--model is vitpose-x; expected one of mitpose-b"),
+        (17, "vitpose-x", "--model is vitpose-x; expected one of vitpose-s"),
         (21, "vitpose-b", "finds 21 keypoints; expected COCO's 17"),
     ):
         model = ViTPose(**SIZES["vitpose-b"], image_size=(64, 48), num_keypoints=joints)
