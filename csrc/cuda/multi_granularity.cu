@@ -8,7 +8,8 @@
 //
 // Floor: x read and out written once, at 64 maps of 768 x 16 x 12 in half 38 MB, 13 us of an H100's
 // memory; but 83 products a channel and pixel that no tensor core takes, 27 us of its FMA units.
-// Shared memory, then: 61 KB at 24 of 48 channels.
+// Shared memory: 65 KB a block that takes 24 of a group's 48 channels at a time, in half.
+//
 // budget: multi_granularity_forward_kernel<*> registers<=96
 #include <algorithm>
 
@@ -18,6 +19,9 @@
 #include "multi_granularity_tiles.cuh"
 
 namespace kernelpose::cuda {
+
+using namespace granularity;
+
 namespace {
 
 constexpr int kMaxThreads = 640;

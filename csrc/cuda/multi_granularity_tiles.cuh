@@ -22,7 +22,7 @@
 #include "kernelpose/vector.cuh"
 #include "multi_granularity.h"
 
-namespace kernelpose::cuda {
+namespace kernelpose::cuda::granularity {
 
 constexpr int kTileColumns = 12;
 constexpr int kPitch = kTileColumns + 8;  // of a plane's rows
@@ -367,4 +367,4 @@ __device__ __forceinline__ void convolve(const RowOfTile<kRows>& own, const T* p
   }
 }
 
-}  // namespace kernelpose::cuda
+}  // namespace kernelpose::cuda::granularity
