@@ -9,31 +9,12 @@
 #include <new>
 
 #include "parallel.h"
-#include "simd.h"
+#include "part_vector.h"
 
 namespace kernelpose::cpu::KP_ISA {
 namespace {
 
 constexpr int kBand = 32;  // rows
-
-// The first `count` lanes of a vector; the others are 0.
-template <class Element>
-inline Vector<Compute<Element>> load_part(const Element* from, int count) {
-  using T = Compute<Element>;
-  if (count == kWidth<T>) return load_elements(from);
-  alignas(kVectorBytes) T lanes[kWidth<T>] = {};
-  read_row(from, count, T(1), lanes);
-  return load(lanes);
-}
-
-template <class Element>
-inline void store_part(Element* to, Vector<Compute<Element>> values, int count) {
-  using T = Compute<Element>;
-  if (count == kWidth<T>) return store_elements(to, values);
-  alignas(kVectorBytes) T lanes[kWidth<T>];
-  store(lanes, values);
-  write_row(lanes, count, T(1), to);
-}
 
 // Calls visit(x, count) for the vectors of a row; count is a constant for all but the last.
 template <class T, class Visit>

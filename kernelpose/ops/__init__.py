@@ -7,6 +7,7 @@ from kernelpose.ops.decode_heatmap import decode_heatmap
 from kernelpose.ops.decode_simcc import decode_simcc
 from kernelpose.ops.dilated_pyramid import dilated_pyramid
 from kernelpose.ops.dual_gate import dual_gate
+from kernelpose.ops.dwconv_gelu import dwconv_gelu
 from kernelpose.ops.flip_merge import flip_merge
 from kernelpose.ops.grn import grn
 from kernelpose.ops.heatmap_loss import heatmap_loss
@@ -23,6 +24,7 @@ __all__ = [
     "decode_simcc",
     "dilated_pyramid",
     "dual_gate",
+    "dwconv_gelu",
     "flip_merge",
     "grn",
     "heatmap_loss",
