@@ -206,8 +206,8 @@ def _objection(backend: str, q: Tensor, kv: Tensor, *, num_heads: int, **_: Any)
     # (what, how many, below which number)
     limits = [
         ("channels of kv", kv.shape[2], 2**31),
-        ("queries of an image", queries, 2**31),
-        ("keys of an image", kv.shape[1], 2**31),
+        ("queries of an image", queries, 2**30),
+        ("keys of an image", kv.shape[1], 2**30),
     ]
     if backend in ("cuda", "triton"):  # of a grid's 2**31 blocks
         tokens = batch * num_heads * max(queries, kv.shape[1])
@@ -219,11 +219,19 @@ def _objection(backend: str, q: Tensor, kv: Tensor, *, num_heads: int, **_: Any)
 
 
 def _automatic(q: Tensor) -> tuple[str, ...]:
-    if q.device.type == "cuda":  # nothing was measured yet, so SDPA stands first
+    """Order of the backends.
+
+    CPU, measured on the stages of PVT v2 with one thread: in float32 ours takes 0.4 to 0.95 of the
+    time of SDPA. In bfloat16, where SDPA has the matrix units, ours takes 0.8 to 1.25 of its time
+    forward, and 0.1 to 0.9 backward: ours to train, SDPA to infer. GPU: nothing was measured yet,
+    so SDPA stands first.
+    """
+    if q.device.type == "cuda":
         return ("torch", "cuda", "triton")
     if q.device.type != "cpu":
         return ()
-    return ("cpu", "torch")
+    trains = torch.is_grad_enabled() and q.requires_grad
+    return ("cpu", "torch") if q.dtype == torch.float32 or trains else ("torch", "cpu")
 
 
 def _example(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
