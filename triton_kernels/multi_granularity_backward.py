@@ -35,7 +35,6 @@ from kernelpose.triton_kernels.multi_granularity import (
 )
 from torch import Tensor
 
-BLOCK_C = 32  # channels of a program where groups do not matter
 SUM_PIXELS = 8  # of the kernels' gradients: each meets eight neighbours at a time
 SUM_PROGRAMS = 1024  # of the sums over all images: they keep a GPU busy
 
@@ -242,6 +241,11 @@ def _multi_granularity_mix_kernel(
     tl.store(partial + 2 * CG + place, total3, mask=exists)
 
 
+def block_channels(x: Tensor) -> int:
+    """Channels of a program where groups do not matter: fewer where each is an access of its own."""
+    return 16 if x.is_contiguous() else 32
+
+
 def _shares(steps: int, blocks: int) -> tuple[int, int]:
     """(parts, steps of each) that sums over so many steps, in so many blocks, are cut into."""
     share = triton.cdiv(steps, max(1, SUM_PROGRAMS // blocks))
@@ -260,7 +264,7 @@ def backward(
     batch, channels, height, width = x.shape
     group, of_maps = channels // groups, layout(x, groups)
     block_o, mix_weight = block_outputs(group), parameters[6]
-    of_mix = {"BLOCK_O": block_o, "BLOCK_K": BLOCK_K}
+    block_c, of_mix = block_channels(x), {"BLOCK_O": block_o, "BLOCK_K": BLOCK_K}
     with torch.cuda.device_of(x):
         packed = pack(parameters[:3], parameters[3:6], of_maps["VECTOR"])
         through = x.new_empty(3 * x.numel())
@@ -271,13 +275,13 @@ def backward(
             **(of_maps | of_mix | OPTIONS),
             BLOCK_P=block_p,
         )
-        blocks = triton.cdiv(channels, BLOCK_C)
+        blocks = triton.cdiv(channels, block_c)
         block_p = block_pixels(x, blocks)
         _multi_granularity_gradient_kernel[grid(x, block_p, blocks)](
             *(grad_out, through, packed, grad_x),
             **(of_maps | OPTIONS),
             BLOCK_P=block_p,
-            BLOCK_C=BLOCK_C,
+            BLOCK_C=block_c,
         )
         parts, share = _shares(batch * triton.cdiv(height * width, SUM_PIXELS), 7 * blocks)
         partial = packed.new_empty(parts, 83, channels)
@@ -285,7 +289,7 @@ def backward(
             *(x, through, partial, batch, share),
             **(of_maps | OPTIONS),
             BLOCK_P=SUM_PIXELS,
-            BLOCK_C=BLOCK_C,
+            BLOCK_C=block_c,
         )
         of_taps = partial.sum(0).t().split((49, 25, 9), 1)
         for gradient, of_branch in zip(gradients[:3], of_taps, strict=True):

@@ -223,7 +223,7 @@ def _objection(backend: str, x: Tensor, *_: Any, groups: int = 16, **__: Any) ->
         )
     if backend == "triton" and not torch.compiler.is_exporting():
         weights = 3 * (channels // groups) ** 2
-        programs = batch * (height * width // 16 + 1) * (channels // 32 + 1 + 3 * groups)
+        programs = batch * (height * width // 16 + 1) * (channels // 16 + 1 + 3 * groups)
         for what, count in (("weights of a group's mix", weights), ("programs", programs)):
             if count >= 2**31:
                 return f"it takes fewer than {2**31} {what}, and this has {count}"

@@ -84,7 +84,7 @@ def _constants(kernel: str, x: Tensor, groups: int, small: bool) -> dict[str, An
         "BLOCK_P": of_pixels.get(kernel, block_p),
         "BLOCK_O": block_o,
         "BLOCK_K": kernels.BLOCK_K,
-        "BLOCK_C": backward_kernels.BLOCK_C,
+        "BLOCK_C": backward_kernels.block_channels(x),
     }
 
 
