@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from tests.ops.test_multi_granularity import CASES, Case
 from tests.parity import assert_parity
 from tests.triton.aot import compile_all
+from tests.triton.cases import QUICK_NUMBERS
 
 # The interpreter computes bfloat16 wrongly; tests/ops has it where a GPU is.
 DTYPES = [torch.float32, torch.float16]
@@ -57,20 +59,26 @@ def _check(case: Case, dtype: torch.dtype, device: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_parity(name: str, dtype: torch.dtype, interpreter: None, device: str) -> None:
+def test_parity(
+    name: str,
+    dtype: torch.dtype,
+    interpreter: None,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if math.prod(CASES[name].shape) > QUICK_NUMBERS:  # tiles as for a large batch, that are fewer
+        monkeypatch.setattr(kernels, "PROGRAMS", 1)
     _check(CASES[name], dtype, device)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["odd", "odd-tokens"])
-def test_tiles_and_sums_of_any_size(
-    name: str, interpreter: None, device: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("programs", [1, 64])
+def test_sums_in_one_part_and_in_several(
+    programs: int, interpreter: None, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tiles as for a large batch, that reach beyond the map; sums in one part and in several."""
-    monkeypatch.setattr(kernels, "PROGRAMS", 1)
-    for programs in (1, 64):
-        monkeypatch.setattr(backward_kernels, "SUM_PROGRAMS", programs)
-        _check(CASES[name], torch.float32, device)
+    monkeypatch.setattr(kernels, "PROGRAMS", 1)  # and with tiles that reach beyond the map
+    monkeypatch.setattr(backward_kernels, "SUM_PROGRAMS", programs)
+    _check(CASES["odd-tokens"], torch.float32, device)
 
 
 def _constants(kernel: str, x: Tensor, groups: int, small: bool) -> dict[str, Any]:
