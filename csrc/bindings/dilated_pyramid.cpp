@@ -8,6 +8,10 @@
 #include "bind.h"
 #include "cpu/dilated_pyramid.h"
 
+#ifdef KERNELPOSE_WITH_CUDA
+#include "cuda/dilated_pyramid.h"
+#endif
+
 namespace kernelpose::bindings {
 namespace {
 
@@ -57,6 +61,29 @@ KP_BIND(m) {
                                         pointer(grad), rows_of(rows), static_cast<DType>(dtype),
                                         threads);
   });
+#ifdef KERNELPOSE_WITH_CUDA
+  m.def("cuda_dilated_pyramid_workspace",
+        [](const std::vector<LayerTuple>& layers, const ShapeTuple& shape) {
+          return cuda::dilated_pyramid_workspace(layers_of(layers), shape_of(shape));
+        });
+  m.def("cuda_dilated_pyramid_forward", [](Address x, const std::vector<LayerTuple>& layers,
+                                           Address out, Address maps, bool keep, Address packed,
+                                           const ShapeTuple& shape, int dtype, Address stream) {
+    const py::gil_scoped_release release;
+    check_cuda(cuda::dilated_pyramid_forward(pointer(x), layers_of(layers), pointer(out),
+                                             pointer(maps), keep, pointer(packed), shape_of(shape),
+                                             static_cast<DType>(dtype), stream_of(stream)),
+               "dilated_pyramid");
+  });
+  m.def("cuda_dilated_pyramid_mask", [](Address grad_out, Address carry, Address map, Address grad,
+                                        const RowsTuple& rows, int dtype, Address stream) {
+    const py::gil_scoped_release release;
+    check_cuda(
+        cuda::dilated_pyramid_mask(pointer(grad_out), pointer(carry), pointer(map), pointer(grad),
+                                   rows_of(rows), static_cast<DType>(dtype), stream_of(stream)),
+        "the backward of dilated_pyramid");
+  });
+#endif
 }
 
 }  // namespace kernelpose::bindings

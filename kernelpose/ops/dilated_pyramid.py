@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def dilated_pyramid(
         mode: "concat" for all maps, one after the other along the channels; "sum" for f_1 + ... +
             f_n, which have one width then.
         activation: "relu" or "none".
-        backend: "cpu" or "eager"; None chooses, see `kernelpose.backend`.
+        backend: "cuda", "triton", "cpu" or "eager"; None chooses, see `kernelpose.backend`.
 
     Returns:
         (B, C_1 + ... + C_n, h, w), or (B, C_1, h, w), with h = ceil(H / stride); sums are taken in
@@ -138,20 +139,32 @@ def _run_forward(
     x = x.contiguous(memory_format=memory_format(x))
     weights, biases = ([p.contiguous() for p in given] for given in (weights, biases))
     out, maps = _outputs(x, weights, biases, dilations, stride, mode, activation, keep)
-    if out.numel():
-        # Beyond the maps all reaches are alike.
-        reach = max(x.shape[2:])
-        layers = [
-            (_native.address(w), _native.address(b), w.shape[0], min(d, reach))
-            for w, b, d in zip(weights, biases, dilations, strict=True)
-        ]
-        last = not x.is_contiguous()
-        shape = (*x.shape, last, stride, activation == "relu", mode == "sum")
-        addresses = _native.address(out), _native.address(maps if keep else None)
-        code = _native.DTYPE_CODES[x.dtype]
-        _native.call(
-            "dilated_pyramid_forward", x, _native.address(x), layers, *addresses, shape, code
-        )
+    if not out.numel():
+        return out, maps
+    reach = max(x.shape[2:])  # beyond the maps all dilations are alike
+    dilations = [min(dilation, reach) for dilation in dilations]
+    relu, total = activation == "relu", mode == "sum"
+    every = maps  # where the kernels of a GPU write what the next layer reads
+    if total and not keep and backend != "cpu":
+        every = _outputs(x, weights, biases, dilations, stride, mode, activation, True)[1]
+    if backend == "triton":
+        from kernelpose.triton_kernels import dilated_pyramid as kernels
+
+        where = (every, out) if total else (out, None)
+        kernels.forward(x, weights, biases, dilations, stride, relu, *where, keep)
+        return out, maps
+    layers = [
+        (_native.address(w), _native.address(b), w.shape[0], d)
+        for w, b, d in zip(weights, biases, dilations, strict=True)
+    ]
+    shape = (*x.shape, not x.is_contiguous(), stride, relu, total)
+    results = [_native.address(out), _native.address(every if every.numel() else None)]
+    if backend == "cuda":
+        assert _native.core is not None
+        packed = x.new_empty(_native.core.cuda_dilated_pyramid_workspace(layers, shape))
+        results += [keep, _native.address(packed)]
+    code = _native.DTYPE_CODES[x.dtype]
+    _native.call("dilated_pyramid_forward", x, _native.address(x), layers, *results, shape, code)
     return out, maps
 
 
@@ -180,14 +193,15 @@ def _run_backward(
         width = weights[i].shape[0]
         first = end - width
         grad = _before_activation(
-            grad_out, maps, carry, first, width, mode == "concat", activation == "relu"
+            grad_out, maps, carry, first, width, mode == "concat", activation == "relu", backend
         )
         before = maps[:, first - weights[i - 1].shape[0] : first] if i else x
         steps, reach = [1 if i else stride] * 2, [dilations[i]] * 2
-        carry, of_weight, of_bias = torch.ops.aten.convolution_backward(
-            grad, before, weights[i].to(x.dtype), [width], steps, reach, reach, False, [0, 0], 1,
-            [i > 0 or of_x, True, True],
-        )  # fmt: skip
+        with _deterministic_cudnn():
+            carry, of_weight, of_bias = torch.ops.aten.convolution_backward(
+                grad, before, weights[i].to(x.dtype), [width], steps, reach, reach, False,
+                [0, 0], 1, [i > 0 or of_x, True, True],
+            )  # fmt: skip
         of_weights[i].copy_(of_weight)
         of_biases[i].copy_(of_bias)
         end = first
@@ -195,6 +209,17 @@ def _run_backward(
         assert carry is not None
         grad_x.copy_(carry)
     return grad_x, of_weights, of_biases
+
+
+@contextlib.contextmanager
+def _deterministic_cudnn() -> Iterator[None]:
+    """Around convolutions whose sums else come in any order."""
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before
 
 
 def _before_activation(
@@ -205,6 +230,7 @@ def _before_activation(
     width: int,
     concat: bool,
     relu: bool,
+    backend: str,
 ) -> Tensor:
     """The gradient of the `width` channels from `first` on of maps before their activation:
     grad_out + carry, 0 where maps <= 0. Both are dense; of a concatenation grad_out is as wide."""
@@ -220,6 +246,11 @@ def _before_activation(
     table = (rows, width * row, grad_out.shape[1] * row, channels * row)
     own = maps[:, first:] if relu else None
     part = grad_out[:, first:] if concat else grad_out
+    if backend == "triton":
+        from kernelpose.triton_kernels import dilated_pyramid as kernels
+
+        kernels.mask(part, carry, own, grad, table)
+        return grad
     addresses = [_native.address(t) for t in (part, carry, own, grad)]
     _native.call("dilated_pyramid_mask", grad, *addresses, table, _native.DTYPE_CODES[grad.dtype])
     return grad
@@ -302,12 +333,26 @@ _op = register(
 )
 
 
-def _objection(backend: str, x: Tensor, *_: Any, **__: Any) -> str | None:
+def _objection(
+    backend: str, x: Tensor, weights: Sequence[Tensor], *_: Any, **__: Any
+) -> str | None:
+    if backend == "cpu" or torch.compiler.is_exporting():  # or sizes would get an upper bound
+        return None
+    batch, channels, height, width = x.shape
+    channels = max(channels, sum(w.shape[0] for w in weights))
+    limits = [("elements of an image's maps", channels * height * width)]
+    # A block has 4 rows of 16 pixels at least.
+    tiles = batch * ((height + 3) // 4) * ((width + 15) // 16)
+    limits.append(("tiles of all images", tiles))
+    for what, count in limits:
+        if count >= 2**31:
+            return f"it takes fewer than {2**31} {what}, and this has {count}"
     return None
 
 
 def _automatic(x: Tensor) -> tuple[str, ...]:
-    return {"cpu": ("cpu",)}.get(x.device.type, ())
+    """On a GPU nothing was measured yet; CUDA C++ stands first."""
+    return {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}.get(x.device.type, ())
 
 
 def _example(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -318,12 +363,17 @@ def _example(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...],
     return (x, weights, biases), {"dilations": (1, 2, 5, 1, 2, 5), "stride": 2}
 
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 register_backends(
     OpSpec(
         name="dilated_pyramid",
-        dtypes={"cpu": _FLOATS, "eager": _FLOATS},
+        dtypes={
+            "cuda": _FLOATS,
+            "triton": _FLOATS,
+            "cpu": (*_FLOATS, torch.float64),
+            "eager": (*_FLOATS, torch.float64),
+        },
         directions="fwd+bwd",
         automatic=_automatic,
         objection=_objection,

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernelpose.backend import OPS
 from kernelpose.ops import dilated_pyramid
 from tests.ops import checks
 from tests.parity import assert_parity
 
-KERNELS = ("cpu",)
+KERNELS = ("cpu", "cuda", "triton")
 
 
 @dataclass(frozen=True)
@@ -248,6 +249,25 @@ def test_autocast_casts_it(backend: str) -> None:
 @pytest.mark.parametrize("backend", KERNELS)
 def test_inference_mode_and_the_way_around_the_dispatcher(backend: str) -> None:
     checks.check_around_dispatcher(CASES["odd-tokens"], backend)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("name", ["stem", "sum-tokens"])
+def test_side_stream_and_graph_capture(name: str, backend: str) -> None:
+    checks.check_side_stream(CASES[name], backend)
+    checks.check_graph_capture(CASES[name], backend)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_large_maps_are_refused(backend: str) -> None:
+    x, weight = torch.empty(1, 2, 2**15, 2**15, device="meta"), torch.empty(1, 2, 3, 3)
+    objection = OPS["dilated_pyramid"].objection
+    text = objection(backend, x, [weight], [], dilations=(1,))
+    assert text == f"it takes fewer than {2**31} elements of an image's maps, and this has {2**31}"
+    x = torch.empty(2**31, 1, 1, 1, device="meta")
+    text = objection(backend, x, [weight], [], dilations=(1,))
+    assert text == f"it takes fewer than {2**31} tiles of all images, and this has {2**31}"
+    assert objection("cpu", x, [weight], [], dilations=(1,)) is None
 
 
 @pytest.mark.parametrize("backend", KERNELS)

@@ -27,6 +27,7 @@ with pytest.MonkeyPatch.context() as patch:
         crop_normalize,
         decode_heatmap,
         decode_simcc,
+        dilated_pyramid,
         dual_gate,
         flip_merge,
         grn,
