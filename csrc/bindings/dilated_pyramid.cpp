@@ -33,12 +33,22 @@ DilatedPyramidLayers layers_of(const std::vector<LayerTuple>& tuples) {
   return layers;
 }
 
+cpu::DilatedPyramidGradients gradients_of(Address x, const std::vector<Address>& weights,
+                                          const std::vector<Address>& biases) {
+  cpu::DilatedPyramidGradients gradients = {pointer(x), {}, {}};
+  for (const Address weight : weights) gradients.weights.push_back(pointer(weight));
+  for (const Address bias : biases) gradients.biases.push_back(pointer(bias));
+  return gradients;
+}
+
+#ifdef KERNELPOSE_WITH_CUDA
 // (rows, columns, grad_out_row, map_row)
 using RowsTuple = std::tuple<int64_t, int64_t, int64_t, int64_t>;
 
-PyramidRows rows_of(const RowsTuple& t) {
-  return std::apply([](auto... of) { return PyramidRows{of...}; }, t);
+cuda::PyramidRows rows_of(const RowsTuple& t) {
+  return std::apply([](auto... of) { return cuda::PyramidRows{of...}; }, t);
 }
+#endif
 
 }  // namespace
 
@@ -53,14 +63,18 @@ KP_BIND(m) {
               static_cast<DType>(dtype), threads);
           check_memory(ran, "dilated_pyramid");
         });
-  m.def("cpu_dilated_pyramid_mask", [](Address grad_out, Address carry, Address map, Address grad,
-                                       const RowsTuple& rows, int dtype, int threads) {
-    using namespace cpu;
-    const py::gil_scoped_release release;
-    KP_SELECT_ISA(dilated_pyramid_mask)(pointer(grad_out), pointer(carry), pointer(map),
-                                        pointer(grad), rows_of(rows), static_cast<DType>(dtype),
-                                        threads);
-  });
+  m.def("cpu_dilated_pyramid_backward",
+        [](Address grad_out, Address x, Address maps, const std::vector<LayerTuple>& layers,
+           Address grad_x, const std::vector<Address>& of_weights,
+           const std::vector<Address>& of_biases, const ShapeTuple& shape, int dtype, int threads) {
+          using namespace cpu;
+          const py::gil_scoped_release release;
+          const bool ran = KP_SELECT_ISA(dilated_pyramid_backward)(
+              pointer(grad_out), pointer(x), pointer(maps), layers_of(layers),
+              gradients_of(grad_x, of_weights, of_biases), shape_of(shape),
+              static_cast<DType>(dtype), threads);
+          check_memory(ran, "the backward of dilated_pyramid");
+        });
 #ifdef KERNELPOSE_WITH_CUDA
   m.def("cuda_dilated_pyramid_workspace",
         [](const std::vector<LayerTuple>& layers, const ShapeTuple& shape) {

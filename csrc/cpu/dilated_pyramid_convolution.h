@@ -4,50 +4,10 @@
 
 #include <algorithm>
 
+#include "dilated_pyramid_maps.h"
 #include "kernelpose/dilated_pyramid.h"
-#include "simd.h"
 
 namespace kernelpose::cpu::KP_ISA {
-
-// Channels of a pixel that lie together in a map of few channels.
-constexpr int kFewChannels = 4;
-
-// A map whose columns lie by their remainder modulo `stride`, so that what neighbouring pixels of a
-// convolution with that stride read are neighbours.
-template <class T>
-struct BlockedMap {
-  T* data;
-  int64_t channels, height, width;
-  int64_t margin;  // columns of zeros at either side
-  int64_t stride;
-  int64_t lanes;  // channels of a block: kWidth or kFewChannels
-
-  static int64_t lanes_for(int64_t channels) {
-    return channels <= kFewChannels ? kFewChannels : kWidth<T>;
-  }
-  int64_t blocks() const { return (channels + lanes - 1) / lanes; }
-  int64_t columns() const { return (width + 2 * margin + stride - 1) / stride; }  // of a remainder
-  int64_t row() const { return stride * columns() * lanes; }
-  int64_t block() const { return height * row(); }
-  int64_t size() const { return blocks() * block(); }
-  // Column `column` may be as little as -margin.
-  T* at(int64_t which_block, int64_t h, int64_t column) const {
-    int64_t c = column + margin;
-    if (stride > 1) c = c % stride * columns() + c / stride;
-    return data + which_block * block() + h * row() + c * lanes;
-  }
-
-  // Makes the margins of some rows of a block zeros.
-  void clear_margins(int64_t which_block, int64_t first, int64_t end) const {
-    for (int64_t h = first; h < end; ++h) {
-      for (int64_t c = 0; c < margin; ++c) {
-        for (T* const to : {at(which_block, h, -1 - c), at(which_block, h, width + c)}) {
-          std::fill(to, to + lanes, T(0));
-        }
-      }
-    }
-  }
-};
 
 // Vectors of output channels that are computed together: two halve the reads of the map.
 constexpr int kPyramidVectors = kRegisters == 32 ? 2 : 1;
@@ -141,5 +101,86 @@ void convolve_row(const BlockedMap<T>& from, int64_t dilation, int64_t h, int64_
       return run(std::integral_constant<int, kPixelSteps>{});
   }
 }
+
+// What is computed of pixels beyond a map's last one reads so many numbers behind it.
+template <class T>
+constexpr int64_t kReadBehind = kPixelSteps * pixel_step(1) * kWidth<T>;
+
+// A layer from `inputs` channels in blocks of `lanes` to `outputs` in blocks of kWidth. Its weights
+// are packed group by group of vectors of outputs: bias, then weights.
+template <class T>
+struct Convolution {
+  static constexpr int n = kWidth<T>;
+  int64_t inputs, outputs, lanes;
+
+  int64_t vectors() const { return (outputs + n - 1) / n; }
+  // Vectors that are computed together, out of `left`.
+  int group(int64_t left) const {
+    return lanes != n || left < kPyramidVectors ? 1 : kPyramidVectors;
+  }
+  int64_t packed_size() const { return (1 + kPyramidTaps * inputs) * vectors() * n; }
+
+  // weight (outputs, inputs, 3, 3); turned: (inputs, outputs, 3, 3), each kernel turned by 180
+  // degrees, for the way back. bias may be nullptr.
+  void pack(const T* weight, const T* bias, bool turned, T* to) const {
+    for (int64_t v = 0; v < vectors(); v += group(vectors() - v)) {
+      const int64_t first = v * n, row = group(vectors() - v) * n;
+      const int64_t real = std::min(row, outputs - first);
+      std::fill(to, to + row, T(0));
+      if (bias) std::copy(bias + first, bias + first + real, to);
+      to += row;
+      for (int64_t b = 0; b < inputs; b += lanes) {
+        const int64_t count = std::min(lanes, inputs - b);
+        alignas(kVectorBytes)
+            T table[kPyramidTaps * std::max(n, kFewChannels) * kPyramidVectors * n] = {};
+        if (!turned) {
+          transpose(weight + (first * inputs + b) * kPyramidTaps, real, count * kPyramidTaps,
+                    inputs * kPyramidTaps, table, row);
+        }
+        for (int64_t c = 0; turned && c < count; ++c) {
+          transpose(weight + ((b + c) * outputs + first) * kPyramidTaps, real,
+                    int64_t{kPyramidTaps}, int64_t{kPyramidTaps}, table + c * kPyramidTaps * row,
+                    row);
+        }
+        for (int64_t tap = 0; tap < kPyramidTaps; ++tap) {
+          const int64_t source = turned ? kPyramidTaps - 1 - tap : tap;
+          for (int64_t c = 0; c < count; ++c, to += row) {
+            const T* const from = table + (c * kPyramidTaps + source) * row;
+            std::copy(from, from + row, to);
+          }
+        }
+      }
+    }
+  }
+
+  // Rows [first, end) of all outputs; written(block, row) is called when a row is there.
+  template <class Written>
+  void run(const BlockedMap<T>& from, int64_t dilation, const T* packed, bool relu,
+           const BlockedMap<T>& to, int64_t first, int64_t end, const Written& written) const {
+    using One = std::integral_constant<int, 1>;
+    using Lanes = std::integral_constant<int, n>;
+    for (int64_t v = 0; v < vectors();) {
+      const int together = group(vectors() - v);
+      const PackedWeights<T> weights{packed + together * n, packed};
+      for (int64_t b = v; b < v + together; ++b) to.clear_margins(b, first, end);
+      for (int64_t h = first; h < end; ++h) {
+        const auto row = [&](auto many, auto in) {
+          convolve_row<T, decltype(many)::value, decltype(in)::value>(
+              from, dilation, h, to.width, weights, relu, to.at(v, h, 0), to.block());
+        };
+        if (lanes != n) {
+          row(One{}, std::integral_constant<int, kFewChannels>{});
+        } else if (together == 1) {
+          row(One{}, Lanes{});
+        } else {
+          row(std::integral_constant<int, kPyramidVectors>{}, Lanes{});
+        }
+        for (int64_t b = v; b < v + together; ++b) written(b, h);
+      }
+      v += together;
+      packed += (1 + kPyramidTaps * inputs) * together * n;
+    }
+  }
+};
 
 }  // namespace kernelpose::cpu::KP_ISA

@@ -14,6 +14,14 @@
 
 namespace kernelpose::cuda {
 
+// The gradient of a layer before its activation: grad (rows, columns) = grad_out + carry, 0 where
+// map <= 0. A row is an image, or a pixel in channels_last; those of carry and grad are dense,
+// those of grad_out and map, which may be slices, so many elements apart. carry and map may be
+// nullptr.
+struct PyramidRows {
+  int64_t rows, columns, grad_out_row, map_row;
+};
+
 int64_t dilated_pyramid_workspace(const DilatedPyramidLayers& layers,
                                   const DilatedPyramidShape& shape);
 

@@ -141,8 +141,6 @@ def _run_forward(
     out, maps = _outputs(x, weights, biases, dilations, stride, mode, activation, keep)
     if not out.numel():
         return out, maps
-    reach = max(x.shape[2:])  # beyond the maps all dilations are alike
-    dilations = [min(dilation, reach) for dilation in dilations]
     relu, total = activation == "relu", mode == "sum"
     every = maps  # where the kernels of a GPU write what the next layer reads
     if total and not keep and backend != "cpu":
@@ -150,14 +148,11 @@ def _run_forward(
     if backend == "triton":
         from kernelpose.triton_kernels import dilated_pyramid as kernels
 
-        where = (every, out) if total else (out, None)
-        kernels.forward(x, weights, biases, dilations, stride, relu, *where, keep)
+        maps_of, sum_of = (every, out) if total else (out, None)
+        reach = _within(x, dilations)
+        kernels.forward(x, weights, biases, reach, stride, relu, maps_of, sum_of, keep)
         return out, maps
-    layers = [
-        (_native.address(w), _native.address(b), w.shape[0], d)
-        for w, b, d in zip(weights, biases, dilations, strict=True)
-    ]
-    shape = (*x.shape, not x.is_contiguous(), stride, relu, total)
+    layers, shape = _native_arguments(x, weights, biases, dilations, stride, mode, activation)
     results = [_native.address(out), _native.address(every if every.numel() else None)]
     if backend == "cuda":
         assert _native.core is not None
@@ -166,6 +161,29 @@ def _run_forward(
     code = _native.DTYPE_CODES[x.dtype]
     _native.call("dilated_pyramid_forward", x, _native.address(x), layers, *results, shape, code)
     return out, maps
+
+
+def _within(x: Tensor, dilations: Sequence[int]) -> list[int]:
+    """The dilations; those beyond the map are all alike."""
+    return [min(dilation, max(x.shape[2:])) for dilation in dilations]
+
+
+def _native_arguments(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    dilations: Sequence[int],
+    stride: int,
+    mode: str,
+    activation: str,
+) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
+    """The layers and the shape, as csrc/bindings/dilated_pyramid.cpp takes them."""
+    layers: list[tuple[int, ...]] = [
+        (_native.address(w), _native.address(b), w.shape[0], d)
+        for w, b, d in zip(weights, biases, _within(x, dilations), strict=True)
+    ]
+    flags = not x.is_contiguous(), stride, activation == "relu", mode == "sum"
+    return layers, (*x.shape, *flags)
 
 
 def _run_backward(
@@ -183,11 +201,41 @@ def _run_backward(
     """Gradients of x (empty unless `of_x`), of the weights and of the biases."""
     layout = memory_format(x)
     grad_out, x, maps = (t.contiguous(memory_format=layout) for t in (grad_out, x, maps))
+    weights = [w.contiguous() for w in weights]
     grad_x, of_weights, of_biases = _gradients(
         grad_out, x, maps, weights, dilations, stride, mode, activation, of_x
     )
     if not x.numel():
         return grad_x, [g.zero_() for g in of_weights], [g.zero_() for g in of_biases]
+    options = dilations, stride, mode, activation
+    if backend == "cpu":
+        layers, shape = _native_arguments(x, weights, weights, *options)
+        results = [[_native.address(g) for g in given] for given in (of_weights, of_biases)]
+        addresses = [_native.address(t) for t in (grad_out, x, maps)]
+        to_x = _native.address(grad_x if of_x else None)
+        code = _native.DTYPE_CODES[x.dtype]
+        _native.call("dilated_pyramid_backward", x, *addresses, layers, to_x, *results, shape, code)
+    else:
+        gradients = (grad_x if of_x else None), of_weights, of_biases
+        _layer_by_layer(grad_out, x, maps, weights, *options, *gradients, backend)
+    return grad_x, of_weights, of_biases
+
+
+def _layer_by_layer(
+    grad_out: Tensor,
+    x: Tensor,
+    maps: Tensor,
+    weights: Sequence[Tensor],
+    dilations: Sequence[int],
+    stride: int,
+    mode: str,
+    activation: str,
+    grad_x: Tensor | None,
+    of_weights: Sequence[Tensor],
+    of_biases: Sequence[Tensor],
+    backend: str,
+) -> None:
+    """Fill the gradients: our kernel up to a layer's activation, PyTorch's convolution below it."""
     end, carry = maps.shape[1], None
     for i in reversed(range(len(weights))):
         width = weights[i].shape[0]
@@ -200,15 +248,14 @@ def _run_backward(
         with _deterministic_cudnn():
             carry, of_weight, of_bias = torch.ops.aten.convolution_backward(
                 grad, before, weights[i].to(x.dtype), [width], steps, reach, reach, False,
-                [0, 0], 1, [i > 0 or of_x, True, True],
+                [0, 0], 1, [i > 0 or grad_x is not None, True, True],
             )  # fmt: skip
         of_weights[i].copy_(of_weight)
         of_biases[i].copy_(of_bias)
         end = first
-    if of_x:
+    if grad_x is not None:
         assert carry is not None
         grad_x.copy_(carry)
-    return grad_x, of_weights, of_biases
 
 
 @contextlib.contextmanager
