@@ -7,7 +7,7 @@
 // times its own, from L2.
 // budget: dilated_pyramid_pack_kernel<*> registers<=40
 // budget: dilated_pyramid_mask_kernel<*> registers<=40
-// budget: dilated_pyramid_direct_kernel<*> registers<=96
+// budget: dilated_pyramid_direct_kernel<*> registers<=128
 // budget: dilated_pyramid_tile_kernel<16-bit, 1, *> registers<=96
 // budget: dilated_pyramid_tile_kernel<float, 1, *> registers<=96
 // budget: dilated_pyramid_tile_kernel<16-bit, 4, *> registers<=168

@@ -303,7 +303,7 @@ __global__ void __launch_bounds__(kThreads, M == 1                 ? 5
 // kDirectOutputs channels of one output pixel a thread. Blocks: (kThreads pixels of an image,
 // channels).
 template <class T>
-__global__ void __launch_bounds__(kThreads, 5)
+__global__ void __launch_bounds__(kThreads, 4)
     dilated_pyramid_direct_kernel(const PyramidLayer<T> layer) {
   KP_DYNAMIC_SHARED(float, weights);  // (kFewChannels, tap, kDirectOutputs)
   const int pixels = layer.out_height * layer.out_width;
