@@ -11,7 +11,7 @@
 namespace kernelpose::cpu::KP_ISA {
 namespace {
 
-constexpr int64_t kBandRows = 4;  // of an image that several threads share
+constexpr int64_t kBandRows = 4;  // at least, of an image that several threads share
 
 template <class Element>
 class Chain {
@@ -21,10 +21,12 @@ class Chain {
 
   Chain(const DilatedPyramidShape& shape, const DilatedPyramidLayers& layers)
       : shape_(shape), layers_(layers), height_(shape.out_height()), width_(shape.out_width()) {
-    for (size_t i = 1; i <= layers.size(); ++i) packed_size_ += convolution(i).packed_size();
+    for (size_t i = 1; i <= layers.size(); ++i) {
+      packed_size_ += convolution(i).packed_size();
+      scratch_size_ = std::max(scratch_size_, convolution(i).scratch_size());
+    }
     for (size_t i = 0; i <= layers.size(); ++i) {
-      const int64_t size = round_up(map(i).size() + kReadBehind<T>, n);
-      map_size_[i % 2] = std::max(map_size_[i % 2], size);
+      map_size_[i % 2] = std::max(map_size_[i % 2], size_to_read(map(i)));
     }
     sum_size_ = shape.sum ? round_up(layers[0].channels, n) * height_ * width_ : 0;
   }
@@ -32,7 +34,11 @@ class Chain {
   int64_t packed_size() const { return packed_size_; }
   int64_t image_size() const { return map_size_[0] + map_size_[1] + sum_size_; }
   // Of each thread.
-  int64_t row_size() const { return 2 * row_scratch<T>(std::max(width_, shape_.width)); }
+  int64_t row_size() const {
+    return scratch_size_ + 2 * row_scratch<T>(std::max(width_, shape_.width));
+  }
+  // Rows of f_i in multiples of which an image may be divided.
+  int64_t rows_multiple(size_t i) const { return convolution(i).rows_multiple(); }
 
   ImageLayout in() const {
     return {shape_.channels, shape_.height, shape_.width, shape_.channels_last};
@@ -69,8 +75,8 @@ class Chain {
     }
     const BlockedMap<T> to = map(i, memory);
     T* const sums = memory + map_size_[0] + map_size_[1];
-    convolution(i).run(map(i - 1, memory), layers_[i - 1].dilation, packed, shape_.relu, to, first,
-                       end, [&](int64_t b, int64_t h) {
+    convolution(i).run(map(i - 1, memory), packed, shape_.relu, to, first, end,
+                       row + row_size() - scratch_size_, [&](int64_t b, int64_t h) {
                          const T* const from = to.at(b, h, 0);
                          const int64_t count = std::min<int64_t>(n, to.channels - b * n);
                          if (!shape_.sum)
@@ -87,8 +93,7 @@ class Chain {
 
  private:
   Convolution<T> convolution(size_t i) const {
-    const BlockedMap<T> from = map(i - 1);
-    return {from.channels, layers_[i - 1].channels, from.lanes};
+    return {map(i - 1), layers_[i - 1].channels, layers_[i - 1].dilation, height_, width_};
   }
 
   // f_i, x for i = 0: the even ones in one place, the odd ones in another. Only x may have few
@@ -103,7 +108,7 @@ class Chain {
   const DilatedPyramidShape& shape_;
   const DilatedPyramidLayers& layers_;
   int64_t height_, width_;
-  int64_t packed_size_ = 0, map_size_[2] = {}, sum_size_;
+  int64_t packed_size_ = 0, scratch_size_ = 0, map_size_[2] = {}, sum_size_;
 };
 
 template <class Element>
@@ -115,10 +120,9 @@ bool forward(const Element* x, const DilatedPyramidLayers& layers, Element* out,
   // Images are divided among the threads; where there are fewer, the threads divide each.
   const bool share = shape.batch < threads;
   const int64_t parts = share ? 1 : std::max<int64_t>(1, std::min<int64_t>(threads, shape.batch));
-  const int64_t rows = chain.row_size();
-  const int64_t bands_of_x = (shape.height + kBandRows - 1) / kBandRows;
-  const int64_t bands = (shape.out_height() + kBandRows - 1) / kBandRows;
-  const int64_t row_count = share ? std::max(bands, bands_of_x) : parts;
+  // Bands of an image that the threads share.
+  const int64_t most = 2 * static_cast<int64_t>(threads);
+  const int64_t rows = chain.row_size(), row_count = share ? most : parts;
   const int64_t size = chain.packed_size() + parts * chain.image_size() + row_count * rows;
   T* const packed = static_cast<T*>(thread_scratch(static_cast<size_t>(size) * sizeof(T)));
   if (!packed) return false;
@@ -143,15 +147,19 @@ bool forward(const Element* x, const DilatedPyramidLayers& layers, Element* out,
     });
     return true;
   }
+  const auto in_bands = [&](int64_t height, int64_t multiple, const auto& run) {
+    const int64_t band = round_up(std::max(kBandRows, (height + most - 1) / most), multiple);
+    parallel_for((height + band - 1) / band, threads, [&](int64_t which) {
+      run(row_memory + which * rows, which * band, std::min(height, (which + 1) * band));
+    });
+  };
   for (int64_t image = 0; image < shape.batch; ++image) {
-    parallel_for(bands_of_x, threads, [&](int64_t band) {
-      chain.read(x + image * in_image, images, row_memory + band * rows, band * kBandRows,
-                 std::min(shape.height, (band + 1) * kBandRows));
+    in_bands(shape.height, 1, [&](T* row, int64_t first, int64_t end) {
+      chain.read(x + image * in_image, images, row, first, end);
     });
     for (size_t i = 1; i <= layers.size(); ++i) {
-      parallel_for(bands, threads, [&](int64_t band) {
-        layer(i, image, images, row_memory + band * rows, band * kBandRows,
-              std::min(shape.out_height(), (band + 1) * kBandRows));
+      in_bands(shape.out_height(), chain.rows_multiple(i), [&](T* row, int64_t first, int64_t end) {
+        layer(i, image, images, row, first, end);
       });
     }
   }

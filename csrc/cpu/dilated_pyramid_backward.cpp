@@ -12,8 +12,9 @@
 namespace kernelpose::cpu::KP_ISA {
 namespace {
 
-constexpr int64_t kParts = 8;
-constexpr int64_t kBandPixels = 256;  // whose maps and gradients stay in the first level
+constexpr int64_t kParts = 8;              // at most
+constexpr int64_t kPartNumbers = 4 << 20;  // of the parameters' gradients, all parts together
+constexpr int64_t kBandPixels = 256;       // whose maps and gradients stay in the first level
 
 // Adds to kInputs channels' gradients of one tap, a vector of outputs or several: over the rows
 // [first, end) the sum of input times gradient.
@@ -146,22 +147,25 @@ class Backward {
       : shape_(shape), layers_(layers), of_x_(of_x) {
     for (size_t i = 0; i <= layers.size(); ++i) {
       const auto reserve = [&](const BlockedMap<T>& map, int64_t (&sizes)[2]) {
-        sizes[i % 2] = std::max(sizes[i % 2], round_up(map.size() + kReadBehind<T>, n));
+        sizes[i % 2] = std::max(sizes[i % 2], size_to_read(map));
       };
       reserve(map(i), map_size_);
       if (i > 0 || of_x) reserve(grad(i), grad_size_);
       if (i == 0) continue;
-      if (i > 1 || of_x) packed_size_ += back(i).packed_size();
+      if (i > 1 || of_x) {
+        packed_size_ += back(i).packed_size();
+        back_size_ = std::max(back_size_, back(i).scratch_size());
+      }
       sums_size_ += sums(i).size();
     }
-    if (spreads()) spread_size_ = round_up(spread().size() + kReadBehind<T>, n);
+    if (spreads()) spread_size_ = size_to_read(spread());
   }
 
   int64_t packed_size() const { return packed_size_; }
   int64_t sums_size() const { return sums_size_; }
   // Of each thread.
   int64_t scratch_size() const {
-    return map_size_[0] + map_size_[1] + grad_size_[0] + grad_size_[1] + spread_size_ +
+    return maps_size() + back_size_ +
            2 * row_scratch<T>(std::max(shape_.width, shape_.out_width()));
   }
 
@@ -189,8 +193,7 @@ class Backward {
   void run(const Element* grad_out, const Element* x, const Element* maps, const T* packed,
            T* scratch, T* parameter_sums, Element* grad_x) {
     scratch_ = scratch;
-    T* const row =
-        scratch + scratch_size() - 2 * row_scratch<T>(std::max(shape_.width, shape_.out_width()));
+    T *const of_back = scratch + maps_size(), *const row = of_back + back_size_;
     packed += packed_size_;
     parameter_sums += sums_size_;
     int64_t before = all().channels;
@@ -216,11 +219,12 @@ class Backward {
       packed -= back(i).packed_size();
       const BlockedMap<T> from = i == 1 && spreads() ? spread_out(of_layer) : of_layer;
       const BlockedMap<T> to = grad(i - 1);
-      back(i).run(from, dilation, packed, false, to, 0, to.height, [&](int64_t b, int64_t h) {
+      const auto written = [&](int64_t b, int64_t h) {
         if (i > 1) return;
         const int64_t count = std::min<int64_t>(n, to.channels - b * n);
         write_pixels(to.at(b, h, 0), in(), b * n, count, h, row, grad_x);
-      });
+      };
+      back(i).run(from, packed, false, to, 0, to.height, of_back, written);
     }
   }
 
@@ -237,7 +241,13 @@ class Backward {
   // With a stride the gradient of x comes from one with zeros between.
   bool spreads() const { return of_x_ && shape_.stride > 1; }
 
-  Convolution<T> back(size_t i) const { return {layers_[i - 1].channels, map(i - 1).channels, n}; }
+  Convolution<T> back(size_t i) const {
+    const BlockedMap<T> to = grad(i - 1);
+    return {grad(i), to.channels, layers_[i - 1].dilation, to.height, to.width};
+  }
+  int64_t maps_size() const {
+    return map_size_[0] + map_size_[1] + grad_size_[0] + grad_size_[1] + spread_size_;
+  }
   ParameterSums<T> sums(size_t i) const {
     const BlockedMap<T> input = map(i - 1);
     return {input.channels, layers_[i - 1].channels, input.lanes};
@@ -302,7 +312,7 @@ class Backward {
   const DilatedPyramidLayers& layers_;
   bool of_x_;
   T* scratch_ = nullptr;  // of the image at hand
-  int64_t packed_size_ = 0, sums_size_ = 0, spread_size_ = 0;
+  int64_t packed_size_ = 0, sums_size_ = 0, spread_size_ = 0, back_size_ = 0;
   int64_t map_size_[2] = {}, grad_size_[2] = {};
 };
 
@@ -312,7 +322,8 @@ bool backward(const Element* grad_out, const Element* x, const Element* maps,
               const DilatedPyramidShape& shape, int threads) {
   using T = Compute<Element>;
   const Backward<Element> plan(shape, layers, gradients.x != nullptr);
-  const int64_t parts = std::min(shape.batch, kParts);
+  const int64_t fitting = std::max<int64_t>(1, kPartNumbers / plan.sums_size());
+  const int64_t parts = std::min({shape.batch, kParts, fitting});
   const int64_t workers = std::min<int64_t>(parts, threads);
   const int64_t size =
       plan.packed_size() + parts * plan.sums_size() + workers * plan.scratch_size();

@@ -5,12 +5,11 @@
 #include <algorithm>
 
 #include "dilated_pyramid_maps.h"
+#include "dilated_pyramid_winograd.h"
 #include "kernelpose/dilated_pyramid.h"
 
 namespace kernelpose::cpu::KP_ISA {
 
-// Vectors of output channels that are computed together: two halve the reads of the map.
-constexpr int kPyramidVectors = kRegisters == 32 ? 2 : 1;
 // Pixels that are computed together: up to kPixelSteps times kPixelStep.
 constexpr int kPixelSteps = kRegisters == 32 ? 6 : 5;
 constexpr int pixel_step(int vectors) { return kRegisters == 32 ? 4 / vectors : 2; }
@@ -102,73 +101,101 @@ void convolve_row(const BlockedMap<T>& from, int64_t dilation, int64_t h, int64_
   }
 }
 
-// What is computed of pixels beyond a map's last one reads so many numbers behind it.
+// A layer from `inputs` channels in blocks of `lanes` to `outputs` in blocks of kWidth: directly,
+// or by Winograd's way where that is faster. Its weights are packed group by group of vectors of
+// outputs: bias, then weights.
 template <class T>
-constexpr int64_t kReadBehind = kPixelSteps * pixel_step(1) * kWidth<T>;
-
-// A layer from `inputs` channels in blocks of `lanes` to `outputs` in blocks of kWidth. Its weights
-// are packed group by group of vectors of outputs: bias, then weights.
-template <class T>
-struct Convolution {
+class Convolution {
+ public:
   static constexpr int n = kWidth<T>;
-  int64_t inputs, outputs, lanes;
 
-  int64_t vectors() const { return (outputs + n - 1) / n; }
-  // Vectors that are computed together, out of `left`.
-  int group(int64_t left) const {
-    return lanes != n || left < kPyramidVectors ? 1 : kPyramidVectors;
+  // Of a result of so many rows and columns.
+  Convolution(const BlockedMap<T>& from, int64_t outputs, int64_t dilation, int64_t height,
+              int64_t width)
+      : inputs_(from.channels),
+        outputs_(outputs),
+        lanes_(from.lanes),
+        dilation_(dilation),
+        winograd_{from.channels, outputs},
+        by_winograd_(from.stride == 1 && from.lanes == n &&
+                     Winograd<T>::suits(from.channels, outputs, dilation, height, width)) {}
+
+  int64_t packed_size() const {
+    return by_winograd_ ? winograd_.packed_size() : vectors() * (1 + kPyramidTaps * inputs_) * n;
   }
-  int64_t packed_size() const { return (1 + kPyramidTaps * inputs) * vectors() * n; }
+  int64_t scratch_size() const { return by_winograd_ ? winograd_.scratch_size() : 0; }
+  int64_t rows_multiple() const { return by_winograd_ ? Winograd<T>::rows_multiple(dilation_) : 1; }
 
   // weight (outputs, inputs, 3, 3); turned: (inputs, outputs, 3, 3), each kernel turned by 180
   // degrees, for the way back. bias may be nullptr.
   void pack(const T* weight, const T* bias, bool turned, T* to) const {
-    for (int64_t v = 0; v < vectors(); v += group(vectors() - v)) {
-      const int64_t first = v * n, row = group(vectors() - v) * n;
-      const int64_t real = std::min(row, outputs - first);
+    for (int64_t v = 0; v < vectors();) {
+      const int64_t together = by_winograd_ ? kPyramidVectors : group(vectors() - v);
+      const int64_t first = v * n, row = together * n, real = std::min(row, outputs_ - first);
+      T* const begin = to;
       std::fill(to, to + row, T(0));
       if (bias) std::copy(bias + first, bias + first + real, to);
       to += row;
-      for (int64_t b = 0; b < inputs; b += lanes) {
-        const int64_t count = std::min(lanes, inputs - b);
+      for (int64_t b = 0; b < inputs_; b += lanes_) {
+        const int64_t count = std::min(lanes_, inputs_ - b);
+        // (channel, tap, output)
         alignas(kVectorBytes)
             T table[kPyramidTaps * std::max(n, kFewChannels) * kPyramidVectors * n] = {};
         if (!turned) {
-          transpose(weight + (first * inputs + b) * kPyramidTaps, real, count * kPyramidTaps,
-                    inputs * kPyramidTaps, table, row);
+          transpose(weight + (first * inputs_ + b) * kPyramidTaps, real, count * kPyramidTaps,
+                    inputs_ * kPyramidTaps, table, row);
         }
         for (int64_t c = 0; turned && c < count; ++c) {
-          transpose(weight + ((b + c) * outputs + first) * kPyramidTaps, real,
+          transpose(weight + ((b + c) * outputs_ + first) * kPyramidTaps, real,
                     int64_t{kPyramidTaps}, int64_t{kPyramidTaps}, table + c * kPyramidTaps * row,
                     row);
         }
+        const auto taps = [&](int64_t c, int64_t tap) {
+          return table + (c * kPyramidTaps + (turned ? kPyramidTaps - 1 - tap : tap)) * row;
+        };
+        if (by_winograd_) {
+          for (int64_t c = 0; c < count; ++c) {
+            const T* of_channel[kPyramidTaps];
+            for (int64_t tap = 0; tap < kPyramidTaps; ++tap) of_channel[tap] = taps(c, tap);
+            winograd_.transform_weights(of_channel, row, b + c, begin);
+          }
+          continue;
+        }
         for (int64_t tap = 0; tap < kPyramidTaps; ++tap) {
-          const int64_t source = turned ? kPyramidTaps - 1 - tap : tap;
           for (int64_t c = 0; c < count; ++c, to += row) {
-            const T* const from = table + (c * kPyramidTaps + source) * row;
-            std::copy(from, from + row, to);
+            std::copy(taps(c, tap), taps(c, tap) + row, to);
           }
         }
       }
+      if (by_winograd_) to = begin + winograd_.group_size();
+      v += together;
     }
   }
 
-  // Rows [first, end) of all outputs; written(block, row) is called when a row is there.
+  // Rows [first, end) of all outputs, `first` at a multiple; written(block, row) is called when a
+  // row is there.
   template <class Written>
-  void run(const BlockedMap<T>& from, int64_t dilation, const T* packed, bool relu,
-           const BlockedMap<T>& to, int64_t first, int64_t end, const Written& written) const {
+  void run(const BlockedMap<T>& from, const T* packed, bool relu, const BlockedMap<T>& to,
+           int64_t first, int64_t end, T* scratch, const Written& written) const {
+    for (int64_t b = 0; b < to.blocks(); ++b) to.clear_margins(b, first, end);
+    if (by_winograd_) {
+      winograd_.run(from, dilation_, packed, relu, to, first, end, scratch);
+      for (int64_t b = 0; b < to.blocks(); ++b) {
+        for (int64_t h = first; h < end; ++h) written(b, h);
+      }
+      return;
+    }
     using One = std::integral_constant<int, 1>;
     using Lanes = std::integral_constant<int, n>;
     for (int64_t v = 0; v < vectors();) {
       const int together = group(vectors() - v);
       const PackedWeights<T> weights{packed + together * n, packed};
-      for (int64_t b = v; b < v + together; ++b) to.clear_margins(b, first, end);
       for (int64_t h = first; h < end; ++h) {
         const auto row = [&](auto many, auto in) {
           convolve_row<T, decltype(many)::value, decltype(in)::value>(
-              from, dilation, h, to.width, weights, relu, to.at(v, h, 0), to.block());
+              from, dilation_, h, to.width, weights, relu, to.at(v, h, 0), to.block());
         };
-        if (lanes != n) {
+        if (lanes_ != n) {
           row(One{}, std::integral_constant<int, kFewChannels>{});
         } else if (together == 1) {
           row(One{}, Lanes{});
@@ -178,9 +205,27 @@ struct Convolution {
         for (int64_t b = v; b < v + together; ++b) written(b, h);
       }
       v += together;
-      packed += (1 + kPyramidTaps * inputs) * together * n;
+      packed += (1 + kPyramidTaps * inputs_) * together * n;
     }
   }
+
+ private:
+  int64_t vectors() const { return (outputs_ + n - 1) / n; }
+  // Vectors that are computed together, out of `left`.
+  int group(int64_t left) const {
+    return lanes_ != n || left < kPyramidVectors ? 1 : kPyramidVectors;
+  }
+
+  int64_t inputs_, outputs_, lanes_, dilation_;
+  Winograd<T> winograd_;
+  bool by_winograd_;
 };
+
+// What is computed beyond a map's last pixel reads so many numbers behind it.
+template <class T>
+int64_t size_to_read(const BlockedMap<T>& map) {
+  return round_up(map.size() + map.margin * map.lanes + kPixelSteps * pixel_step(1) * kWidth<T>,
+                  kWidth<T>);
+}
 
 }  // namespace kernelpose::cpu::KP_ISA

@@ -45,6 +45,9 @@ def dilated_pyramid(
         activation: "relu" or "none".
         backend: "cuda", "triton", "cpu" or "eager"; None chooses, see `kernelpose.backend`.
 
+    On a CPU layers of 32 channels or more may go by Winograd's F(2x2, 3x3), in which a number that
+    is not finite reaches its neighbours in a tile as well.
+
     Returns:
         (B, C_1 + ... + C_n, h, w), or (B, C_1, h, w), with h = ceil(H / stride); sums are taken in
         float32 (float64 for float64). Under autocast x is cast to autocast's dtype. The backward
