@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from kernelpose.nn import _plain as ops
+from kernelpose import ops
 from kernelpose.nn.multi_scale import bias_of
 
 
