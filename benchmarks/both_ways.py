@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.rows import Function, Row, fit_l2, rotate, time_backward, time_forward
+from benchmarks.rows import Function, Row, fit_l2, results, rotate, time_backward, time_forward
 from benchmarks.setup import compiled
 from kernelpose import ops
 from kernelpose.backend import BACKENDS, choose, why_not
@@ -53,9 +53,8 @@ def compare_both_ways(
         names = [b for b in BACKENDS if b not in ("eager", "torch")]
         ours = {b for b in names if not why_not(op, b, *arrange(*plain), **options)} | {chosen}
 
-        def call(*tensors: Tensor, backend: str) -> Tensor:
-            result: Tensor = getattr(ops, op)(*arrange(*tensors), **options, backend=backend)
-            return result
+        def call(*tensors: Tensor, backend: str) -> Any:
+            return getattr(ops, op)(*arrange(*tensors), **options, backend=backend)
 
         functions: dict[str, Function] = {
             name: functools.partial(call, backend=name) for name in sorted(ours | {"eager"})
@@ -83,16 +82,19 @@ def compare_both_ways(
 def _check_parity(functions: Mapping[str, Function], inputs: list[Tensor]) -> None:
     """No speed is printed for a wrong result."""
 
-    def both(function: Function, tensors: list[Tensor], grad: Tensor) -> list[Tensor]:
+    def both(
+        function: Function, tensors: list[Tensor], grads: list[Tensor]
+    ) -> tuple[list[Tensor], Sequence[Tensor]]:
         leaves = [t.detach().requires_grad_() for t in tensors]
-        output = function(*leaves)
-        return [output.detach(), *torch.autograd.grad(output, leaves, grad.to(output))]
+        outputs = results(function(*leaves))
+        given = [grad.to(output) for grad, output in zip(grads, outputs, strict=True)]
+        return [o.detach() for o in outputs], torch.autograd.grad(outputs, leaves, given)
 
-    grad = torch.randn_like(functions["eager"](*inputs))
-    eager = both(functions["eager"], inputs, grad)
-    exact = both(functions["eager"], [t.double() for t in inputs], grad)
-    what = ["output", *(f"gradient of input {i}" for i in range(len(inputs)))]
+    grads = [torch.randn_like(o) for o in results(functions["eager"](*inputs))]
+    eager = both(functions["eager"], inputs, grads)
+    exact = both(functions["eager"], [t.double() for t in inputs], grads)
     for name, function in functions.items():
-        got = both(function, inputs, grad)
-        for which, ours, same, ideal in zip(what, got, eager, exact, strict=True):
-            assert_parity(ours, same, ideal, f"{name}, {which}", inputs[0].dtype)
+        got = both(function, inputs, grads)
+        for what, *lists in zip(("output", "gradient of input"), got, eager, exact, strict=True):
+            for i, (ours, same, ideal) in enumerate(zip(*lists, strict=True)):
+                assert_parity(ours, same, ideal, f"{name}, {what} {i}", inputs[0].dtype)

@@ -106,6 +106,11 @@ def time_forward(
         return time_all({n: calls(f) for n, f in contenders.items()}, device)
 
 
+def results(output: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What a function returns, be it one tensor or several."""
+    return output if isinstance(output, tuple) else (output,)
+
+
 def time_backward(
     contenders: Mapping[str, Function], inputs: Sequence[Sequence[Tensor]], device: torch.device
 ) -> dict[str, Times]:
@@ -116,9 +121,11 @@ def time_backward(
         made: list[Callable[[], object]] = []
         for tensors in inputs:
             with torch.cuda.stream(stream):
-                output = function(*tensors)
-                grad = torch.randn_like(output)
-            walk = functools.partial(torch.autograd.grad, output, tensors, grad, retain_graph=True)
+                outputs = results(function(*tensors))
+                grads = [torch.randn_like(output) for output in outputs]
+            walk = functools.partial(
+                torch.autograd.grad, outputs, tensors, grads, retain_graph=True
+            )
             made.append(walk)
         return made
 

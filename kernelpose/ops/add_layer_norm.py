@@ -182,39 +182,46 @@ def _run_backward(
     weight: Tensor,
     x_dtype: torch.dtype,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of residual, of x where it has a dtype of its own (or else an empty tensor), and of
-    weight and bias (2, C)."""
-    grad_norm, total, moments, weight = (
-        t.contiguous() for t in (grad_norm, total, moments, weight)
-    )
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Gradients of residual, of x where it has its own dtype, and of weight and bias (2, C)."""
+    grad_norm, total, moments = grad_norm.contiguous(), total.contiguous(), moments.contiguous()
+    weight = weight.contiguous()
     if grad_sum is not None:
         grad_sum = grad_sum.contiguous()
-    grads = grad_residual, grad_x, grad_parameters = _gradients(total, x_dtype)
+    channels = weight.shape[0]
+    grad_residual = torch.empty_like(total)
+    grad_x = None if x_dtype is total.dtype else torch.empty_like(total, dtype=x_dtype)
+    grad_parameters = moments.new_empty(2, channels)
     if total.numel() == 0:
-        grad_parameters.zero_()
-        return grads
-    own_x = grad_x if x_dtype != total.dtype else None
-    tensors = (grad_sum, grad_norm, total, moments, weight, grad_residual, own_x)
+        return grad_residual, grad_x, grad_parameters.zero_()
+    tensors = (grad_sum, grad_norm, total, moments, weight, grad_residual, grad_x)
     if backend == "triton":
         from kernelpose.triton_kernels import add_layer_norm as kernels
 
         kernels.backward(*tensors, grad_parameters)
-        return grads
-    codes, channels = _native.DTYPE_CODES, weight.shape[0]
+        return grad_residual, grad_x, grad_parameters
+    codes = _native.DTYPE_CODES
     shape = (total.numel() // channels, channels, 0.0)
     types = (codes[x_dtype], codes[total.dtype], codes[weight.dtype])
-    addresses = [_native.address(t) for t in tensors]
-    if backend == "cpu":
-        addresses.append(grad_parameters.data_ptr())
-        _native.call("add_layer_norm_backward", total, *addresses, shape, types)
-        return grads
-    assert _native.core is not None
-    count = _native.core.cuda_add_layer_norm_parts(shape, types)
-    parts = grad_parameters.new_empty(count, 2, channels)
-    _native.call("add_layer_norm_backward", total, *addresses, parts.data_ptr(), shape, types)
-    torch.sum(parts, 0, out=grad_parameters)
-    return grads
+    parts = grad_parameters
+    if backend == "cuda":
+        assert _native.core is not None
+        count = _native.core.cuda_add_layer_norm_parts(shape, types)
+        parts = grad_parameters.new_empty(count, 2, channels)
+    addresses = [_native.address(t) for t in (*tensors, parts)]
+    _native.call("add_layer_norm_backward", total, *addresses, shape, types)
+    if parts is not grad_parameters:
+        torch.sum(parts, 0, out=grad_parameters)
+    return grad_residual, grad_x, grad_parameters
+
+
+def _run_registered_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, with an empty tensor where the gradient of x is that of residual: what an op
+    returns is no two names of one tensor."""
+    grad_residual, grad_x, grad_parameters = _run_backward(*arguments)
+    if grad_x is None:
+        grad_x = grad_residual.new_empty(0)
+    return grad_residual, grad_x, grad_parameters
 
 
 def _moments(total: Tensor) -> Tensor:
@@ -252,16 +259,17 @@ def _backward(
     tensors = (grad_sum, grad_norm, total, moments, weight)
     run = _run_backward if is_plain(*tensors) else _op_backward
     grad_residual, grad_x, parameters = run(*tensors, ctx.x_dtype, ctx.backend)
-    if ctx.x_dtype == total.dtype:
+    if ctx.x_dtype is total.dtype:
         grad_x = grad_residual
-    return grad_x, grad_residual, *parameters.to(weight.dtype).unbind(), None, None
+    grad_weight, grad_bias = parameters.to(weight.dtype).unbind()
+    return grad_x, grad_residual, grad_weight, grad_bias, None, None
 
 
 _op_backward = register(
     "add_layer_norm_backward",
     "(Tensor? grad_sum, Tensor grad_norm, Tensor sum, Tensor moments, Tensor weight, "
     "ScalarType x_dtype, str backend) -> (Tensor, Tensor, Tensor)",
-    _run_backward,
+    _run_registered_backward,
     lambda grad_sum, grad_norm, total, moments, weight, x_dtype, *_: _gradients(total, x_dtype),
     autograd=no_second_derivative("add_layer_norm"),
     autocast=False,
