@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -34,6 +36,8 @@ from kernelpose.pipeline.timing import interleaved, machine, wall_clock
 
 TOLERANCE = 1e-4
 """How far our outputs may be from eager's, in parts of their spread (float32)."""
+
+Way = Callable[[], AbstractContextManager[Any]]  # what surrounds a call that is timed
 
 # ViTPose's form with the most attention to speed up: four times the tokens, in shifted windows.
 _WINDOWED: dict[str, Any] = {"patch_stride": 8, "attention": "window+shift", "window": (8, 8)}
@@ -121,7 +125,7 @@ def _difference(model: nn.Module, inputs: Tensor) -> float:
 
 def _compare_models(title: str, model: nn.Module, inputs: Tensor) -> Comparison:
     if not isinstance(model, ViTPose):  # of several ops, each with its own choice
-        ways = {"eager PyTorch": "eager", "kernelpose": None}
+        ways: dict[str, Way] = {"eager PyTorch": _eager, "kernelpose": nullcontext}
         return _timed(title, ways, lambda: model(inputs))
     attention = next(m for m in model.modules() if isinstance(m, WindowAttention))
     rows, columns = model.backbone.grid  # type: ignore[misc]
@@ -146,27 +150,37 @@ def _compare(
 ) -> Comparison:
     """Time a call under eager, under SDPA where that is no mere part of ours, and as chosen."""
     chosen = choose("window_attention", None, qkv, **options)
-    ways: dict[str, str | None] = {"eager PyTorch": "eager"}
+    ways: dict[str, Way] = {"eager PyTorch": _eager}
     if (
         chosen != "torch"
         and kernelpose.why_not("window_attention", "torch", qkv, **options) is None
     ):
-        ways["PyTorch with SDPA"] = "torch"
-    ways[f"kernelpose ({'chooses SDPA' if chosen == 'torch' else chosen})"] = chosen
+        ways["PyTorch with SDPA"] = _sdpa
+    ways[f"kernelpose ({'chooses SDPA' if chosen == 'torch' else chosen})"] = nullcontext
     return _timed(title, ways, call)
 
 
-def _timed(title: str, ways: Mapping[str, str | None], call: Callable[[], object]) -> Comparison:
-    """Under each backend; None is the automatic choice."""
+def _eager() -> AbstractContextManager[None]:
+    return kernelpose.backend("eager")
 
-    def under(backend: str | None) -> Callable[[], object]:
+
+@contextmanager
+def _sdpa() -> Iterator[None]:
+    """Eager but for attention, which is one call of PyTorch's."""
+    attention = partial(kernelpose.ops.window_attention, backend="torch")
+    with _eager(), mock.patch.object(kernelpose.ops, "window_attention", attention):
+        yield
+
+
+def _timed(title: str, ways: Mapping[str, Way], call: Callable[[], object]) -> Comparison:
+    def within(way: Way) -> Callable[[], object]:
         def run_it() -> object:
-            with nullcontext() if backend is None else kernelpose.backend(backend):
+            with way():
                 return call()
 
         return run_it
 
-    samplers = {label: wall_clock(under(backend)) for label, backend in ways.items()}
+    samplers = {label: wall_clock(within(way)) for label, way in ways.items()}
     taken = interleaved(samplers, budget_s=25, min_rounds=3, max_rounds=15)
     return Comparison(title, {k: statistics.median(v) * 1e3 for k, v in taken.items()})
 
