@@ -8,10 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from kernelpose.checkpoints import mitpose, pyramid, vitpose
+from kernelpose.checkpoints import hevitpose, mitpose, pyramid, vitpose
 from kernelpose.checkpoints.files import StateDict
 from kernelpose.checkpoints.layouts import LAYOUTS, Layout
 from kernelpose.errors import UserError
+from kernelpose.models.hevitpose import SIZES as HEVITPOSE_SIZES
+from kernelpose.models.hevitpose import HEViTPose
 from kernelpose.models.hrpvt import HRPVT
 from kernelpose.models.hrpvt import SIZES as HRPVT_SIZES
 from kernelpose.models.mitpose import SIZES as MITPOSE_SIZES
@@ -84,6 +86,13 @@ FAMILIES = (
         pyramid.config_of_hrpvt,
         _no_grid,
         HRPVT_SIZES,
+    ),
+    Family(
+        HEViTPose,
+        (hevitpose.Ours(),),
+        hevitpose.config_of,
+        _no_grid,
+        HEVITPOSE_SIZES,
     ),
     Family(
         PVTv2,

@@ -29,8 +29,8 @@ def infer_config(
 
     Args:
         checkpoint: a file, or what it holds.
-        num_heads: of ViTPose and MiTPOSE, must be given for widths other than S, B, L and H have;
-            no shape tells it.
+        num_heads: of ViTPose, MiTPOSE and HEViTPose, must be given for widths other than those of
+            the zoo; no shape tells it.
         grid: (rows, columns) of the position table, where the checkpoint does not record it and it
             is neither 4:3 portrait nor square.
         patch_stride: of ViTPose, 16 or 8; where the checkpoint does not record it, the decoder
@@ -50,7 +50,7 @@ def infer_config(
 
 
 def infer_class(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> type[nn.Module]:
-    """`ViTPose`, `MiTPOSE`, `HRPVT` or, for a backbone alone, `PVTv2`.
+    """`ViTPose`, `MiTPOSE`, `HEViTPose`, `HRPVT` or, for a backbone alone, `PVTv2`.
 
     Raises UserError for a checkpoint that cannot be read, or is of none of them.
     """

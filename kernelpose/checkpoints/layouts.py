@@ -26,7 +26,7 @@ POSITIONS = "backbone.pos_embed"
 GRID = "backbone.pos_grid"
 WINDOWS = "backbone.windows"
 STRIDE = "backbone.patch_stride"
-INPUT_SIZE = "input_size"  # of HRPVT
+INPUT_SIZE = "input_size"  # of models without a position table
 FORM = (GRID, WINDOWS, STRIDE, INPUT_SIZE)  # what our layout alone records
 TRANSFORMERS_EPS = 1e-12  # of its layer norms; 1e-6 everywhere else
 

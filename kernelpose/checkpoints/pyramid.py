@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from kernelpose.checkpoints.files import StateDict
-from kernelpose.checkpoints.layouts import INPUT_SIZE, Imported, Layout
+from kernelpose.checkpoints.layouts import Imported, Layout
 from kernelpose.checkpoints.naming import Renaming
 from kernelpose.checkpoints.plus import HEAD, HEADS, decoder_names
-from kernelpose.checkpoints.shapes import decoder_of, numbered, sizes_of
+from kernelpose.checkpoints.shapes import decoder_of, numbered, recorded_size, sizes_of
 from kernelpose.errors import UserError
 from kernelpose.models.hrpvt import INSERTIONS, blocks_with_hrpm
 from kernelpose.models.pvtv2 import DROP_PATH, STRIDE
@@ -166,14 +166,9 @@ def _bins(tensors: StateDict) -> tuple[int, int]:
 
 def _image_size(tensors: StateDict) -> tuple[int, int]:
     """As recorded; else by a SimCC head of the usual two bins a pixel; else the usual size."""
-    recorded = tensors.get(INPUT_SIZE)
+    recorded = recorded_size(tensors, STRIDE)
     if recorded is not None:
-        if recorded.numel() != 2 or not recorded.isfinite().all() or recorded.min() < STRIDE:
-            raise UserError(
-                f"{INPUT_SIZE} is {recorded.tolist()}; expected a height and a width of at least "
-                f"{STRIDE}."
-            )
-        return int(recorded.flatten()[0]), int(recorded.flatten()[1])
+        return recorded
     if decoder_of(tensors)["decoder"] == "simcc":
         columns, rows = _bins(tensors)
         return rows // 2, columns // 2

@@ -1,4 +1,4 @@
-"""What the shapes in a checkpoint tell of any family: sizes, and the decoder."""
+"""What a checkpoint tells of any family: sizes of tensors and of images, and the decoder."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from kernelpose.checkpoints.files import StateDict
+from kernelpose.checkpoints.layouts import INPUT_SIZE
 from kernelpose.checkpoints.plus import HEAD, HEADS, decoder_names
 from kernelpose.errors import UserError
 
@@ -57,6 +58,19 @@ def decoder_of(tensors: StateDict) -> dict[str, Any]:
         "decoder": decoder,
         "deconv_channels": tuple(widths[index] for index in sorted(widths)) or None,
     }
+
+
+def recorded_size(tensors: StateDict, least: int) -> tuple[int, int] | None:
+    """(height, width) of the images as recorded, or None. Raises UserError for a lesser side."""
+    recorded = tensors.get(INPUT_SIZE)
+    if recorded is None:
+        return None
+    if recorded.numel() != 2 or not recorded.isfinite().all() or recorded.min() < least:
+        raise UserError(
+            f"{INPUT_SIZE} is {recorded.tolist()}; expected a height and a width of at least "
+            f"{least}."
+        )
+    return int(recorded.flatten()[0]), int(recorded.flatten()[1])
 
 
 def _keypoints(tensors: StateDict, head: str) -> int:

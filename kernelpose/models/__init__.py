@@ -1,9 +1,10 @@
 """Pose models: `create_model(name, ...)`, `list_models()` and the classes behind the names."""
 
+from kernelpose.models.hevitpose import HEViTPose
 from kernelpose.models.hrpvt import HRPVT
 from kernelpose.models.mitpose import MiTPOSE
 from kernelpose.models.pvtv2 import PVTv2
 from kernelpose.models.vitpose import ViTPose
 from kernelpose.models.zoo import create_model, list_models
 
-__all__ = ["HRPVT", "MiTPOSE", "PVTv2", "ViTPose", "create_model", "list_models"]
+__all__ = ["HRPVT", "HEViTPose", "MiTPOSE", "PVTv2", "ViTPose", "create_model", "list_models"]

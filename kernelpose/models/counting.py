@@ -18,6 +18,8 @@ from torch import nn
 from kernelpose.nn import (
     GRN,
     SRU,
+    CascadedGroupSRAttention,
+    ConvNorm,
     DilatedPyramid,
     HRPMv2,
     LocalPerception,
@@ -179,3 +181,22 @@ def _(module: HRPMv2, x: torch.Tensor, feat_size: tuple[int, int]) -> Fused:
     layers = places * (module.up.weight.numel() + module.down.weight.numel())
     # BatchNorm and ReLU at four times the places, BatchNorm at theirs.
     return Fused(layers, places * (12 * module.up.out_channels + 2 * module.down.out_channels))
+
+
+@fused_cost.register
+def _(module: ConvNorm, x: torch.Tensor) -> Fused:
+    rows, columns = (-(-side // module.conv.stride[0]) for side in x.shape[2:])
+    places = x.shape[0] * rows * columns
+    # Folded, yet counted as it stands.
+    outputs = places * module.conv.out_channels
+    return Fused(places * module.conv.weight.numel(), (3 if module.relu else 2) * outputs)
+
+
+@fused_cost.register
+def _(module: CascadedGroupSRAttention, x: torch.Tensor) -> Fused:
+    batch, dim, *size = x.shape
+    keys = math.prod(side // module.sr_ratio for side in size)
+    # Beside its modules: keys and values, their norms and biases.
+    width = dim // len(module.groups)
+    layers = 2 * batch * keys * dim * width
+    return Fused(layers, 6 * batch * keys * dim, 2 * x.numel() * keys)

@@ -10,9 +10,6 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
-from torch import nn
-
 from kernelpose.models.decoders import SimCCHead, build_decoder, heatmap_size
 from kernelpose.models.pose_model import PoseModel
 from kernelpose.models.pvtv2 import DROP_PATH, STRIDE, PVTv2
@@ -117,12 +114,7 @@ class HRPVT(PoseModel):
             heatmap_size=None if simcc else heatmap_size(grid, upsample),
             least_side=STRIDE,
         )
-        self.register_buffer("input_size", torch.tensor(self.image_size))
-        self.register_load_state_dict_pre_hook(_keep_input_size)
-
-
-def _keep_input_size(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    state_dict[prefix + "input_size"] = module.get_buffer("input_size")
+        self.record_image_size()
 
 
 def blocks_with_hrpm(insertion: str, depths: Sequence[int]) -> list[Collection[int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -97,6 +97,14 @@ class PoseModel(nn.Module):
             )
         return self.keypoint_head
 
+    def record_image_size(self) -> None:
+        """Puts image_size into the state_dict, where no shape tells it, as the buffer `input_size`.
+
+        Loading a state_dict leaves the model's own.
+        """
+        self.register_buffer("input_size", torch.tensor(self.image_size))
+        self.register_load_state_dict_pre_hook(_keep_input_size)
+
     def freeze(self, *parts: str) -> None:
         """Takes parts of the encoder out of training: some of the keys of `parts`.
 
@@ -125,3 +133,7 @@ def _can_name_a_decoder(name: object) -> bool:
         and "." not in name
         and not hasattr(nn.ModuleDict(), name)
     )
+
+
+def _keep_input_size(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    state_dict[prefix + "input_size"] = module.get_buffer("input_size")

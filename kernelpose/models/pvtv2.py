@@ -177,7 +177,7 @@ class PVTv2(nn.Module):
             )
             for stage in range(4)
         )
-        self.apply(_init)
+        self.apply(init_weights)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.maps(images)[-1]
@@ -195,7 +195,8 @@ class PVTv2(nn.Module):
         return maps
 
 
-def _init(module: nn.Module) -> None:
+def init_weights(module: nn.Module) -> None:
+    """Linears and convolutions as PVT v2 starts them; other modules keep PyTorch's start."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
     elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):

@@ -1,6 +1,8 @@
 """Drop-in modules: constructor, parameter names and state_dict of the eager modules."""
 
 from kernelpose.nn.add_layer_norm import AddLayerNorm
+from kernelpose.nn.cascaded_attention import CascadedGroupSRAttention
+from kernelpose.nn.conv_norm import ConvNorm
 from kernelpose.nn.cru import CRU
 from kernelpose.nn.dilated_pyramid import DilatedPyramid
 from kernelpose.nn.grn import GRN
@@ -19,6 +21,8 @@ __all__ = [
     "GRN",
     "SRU",
     "AddLayerNorm",
+    "CascadedGroupSRAttention",
+    "ConvNorm",
     "DilatedPyramid",
     "HRPMv1",
     "HRPMv2",

@@ -1,8 +1,8 @@
-"""BatchNorms folded into the convolutions before them."""
+"""Norms folded into the layers beside them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from kernelpose.ops._register import is_plain, no_autocast
 
 Convolution = nn.Conv2d | nn.ConvTranspose2d
-Pair = tuple[Convolution, _BatchNorm]  # a convolution of one group, and the norm of its result
+Pair = tuple[Convolution, _BatchNorm]  # a convolution (transposed: of one group) and its norm
 
 
 def can_fold(norms: Sequence[_BatchNorm]) -> bool:
@@ -37,33 +37,50 @@ def fold(conv: Convolution, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     return weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)
 
 
+def fold_affine(norm: nn.LayerNorm, linear: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Weight and bias of one linear that equals norm's weight and bias, and then linear.
+
+    What is left of norm has neither. Precision and dtype as `fold`'s.
+    """
+    dtype = torch.promote_types(linear.weight.dtype, torch.float32)
+    weight = linear.weight.to(dtype)
+    bias = linear.bias.to(dtype) + (weight * norm.bias.to(dtype)).sum(1)
+    weight = weight * norm.weight.to(dtype)
+    return weight.to(linear.weight.dtype), bias.to(linear.weight.dtype)
+
+
 class Folder:
-    """`fold` of several pairs, which keeps what it made until a tensor it was made of changes.
+    """A folding of several groups of layers, which keeps what it made until a tensor changes.
 
     What it keeps is made anew where a gradient is wanted or something traces. A change through
     `.data` goes unseen. A copy or a file holds nothing.
+
+    Args:
+        function: the layers of a group -> weight and bias; `fold` by default.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, function: Callable[..., tuple[Tensor, Tensor]] = fold) -> None:
+        self._function = function
         self._kept: tuple[Any, list[tuple[Tensor, Tensor]]] = (None, [])
 
-    def __call__(self, pairs: Sequence[Pair]) -> list[tuple[Tensor, Tensor]]:
+    def __call__(self, groups: Sequence[Sequence[nn.Module]]) -> list[tuple[Tensor, Tensor]]:
         tensors = [
             tensor
-            for conv, norm in pairs
-            for tensor in (conv.weight, conv.bias, *norm.parameters(), *norm.buffers())
+            for layers in groups
+            for layer in layers
+            for tensor in (*layer._parameters.values(), *layer._buffers.values())
             if tensor is not None
         ]
         if not is_plain(*tensors):
-            return [fold(*pair) for pair in pairs]
+            return [self._function(*layers) for layers in groups]
         key = [
             (t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, t.device)
             for t in tensors
         ]
         if self._kept[0] != key:
             with torch.inference_mode(False), torch.no_grad(), no_autocast(tensors[0]):
-                self._kept = (key, [fold(*pair) for pair in pairs])
+                self._kept = (key, [self._function(*layers) for layers in groups])
         return self._kept[1]
 
-    def __reduce__(self) -> tuple[type[Folder], tuple[()]]:
-        return Folder, ()
+    def __reduce__(self) -> tuple[type[Folder], tuple[Any]]:
+        return Folder, (self._function,)

@@ -1,4 +1,4 @@
-"""Checkpoints of MiTPOSE, PVT v2 and HRPVT: recognised, loaded, rebuilt, converted."""
+"""Checkpoints of MiTPOSE, HEViTPose, PVT v2 and HRPVT: recognised, loaded, rebuilt, converted."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from kernelpose.checkpoints import (
     infer_config,
 )
 from kernelpose.errors import UserError
-from kernelpose.models import HRPVT, MiTPOSE, PVTv2
+from kernelpose.models import HRPVT, HEViTPose, MiTPOSE, PVTv2
 
 PYRAMID = {"embed_dims": (16, 32, 40, 64), "depths": (2, 1, 1, 1)}
+CASCADE = {"embed_dims": (16, 24, 32), "depths": (1, 2, 1), "num_groups": 2, "num_heads": 4}
 TRANSFORMER = {"embed_dim": 32, "depth": 2, "num_heads": 2, "image_size": (64, 48)}
 
 
@@ -171,6 +172,43 @@ def test_a_saved_hrpvt_is_rebuilt(options: dict[str, Any], tmp_path: Path) -> No
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"image_size": (48, 80), "sr_ratios": (4, 2, 1), "ffn_ratio": 1.5},
+        {"decoder": "simple", "num_keypoints": 5},
+        {"deconv_channels": (16, 8), "num_keypoints": {"coco": 17, "mpii": 16}},
+    ],
+)
+def test_a_saved_hevitpose_is_rebuilt(options: dict[str, Any], tmp_path: Path) -> None:
+    size = options.get("image_size", (64, 32))
+    model = made(HEViTPose(**CASCADE, **{**options, "image_size": size}))
+    torch.save(model.state_dict(), tmp_path / "k.pth")
+    assert infer_class(tmp_path / "k.pth") is HEViTPose
+    with pytest.raises(
+        UserError, match=r"num_heads is None; expected a number for embed_dims \(16"
+    ):
+        infer_config(tmp_path / "k.pth")
+    rebuilt = HEViTPose(**infer_config(tmp_path / "k.pth", num_heads=4)).eval()
+    report = kernelpose.load_checkpoint(rebuilt, tmp_path / "k.pth")
+    assert (report.layout, report.missing, report.left_over) == ("kernelpose", (), ())
+    assert rebuilt.image_size == size
+    dataset = "coco" if isinstance(rebuilt.num_keypoints, dict) else None
+    with torch.no_grad():
+        found, expected = (m(images(size), dataset) for m in (rebuilt, model))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_the_zoos_hevitposes_know_their_heads() -> None:
+    for name in ("hevitpose-t", "hevitpose-s", "hevitpose-b"):
+        model = kernelpose.create_model(name, image_size=(256, 256), num_keypoints=16)
+        config = infer_config(model.state_dict())
+        assert config["num_heads"] == 2
+        assert (config["image_size"], config["num_keypoints"]) == ((256, 256), 16)
+        assert HEViTPose(**config).state_dict().keys() == model.state_dict().keys()
+
+
 @pytest.mark.parametrize("layout", ["figure", "released"])
 @pytest.mark.parametrize("decoder", ["simple", "classic"])
 def test_a_saved_mitpose_is_rebuilt(layout: str, decoder: str, tmp_path: Path) -> None:
@@ -221,6 +259,7 @@ def test_a_released_mitpose_is_converted_both_ways() -> None:
 def test_files_of_every_family(suffix: str, tmp_path: Path) -> None:
     for model in (
         MiTPOSE(**TRANSFORMER),
+        HEViTPose(**{**CASCADE, "num_heads": 2}, image_size=(64, 32)),
         HRPVT(**PYRAMID, image_size=(64, 48)),
         PVTv2(**PYRAMID),
     ):

@@ -17,7 +17,7 @@ import kernelpose
 from kernelpose.checkpoints import convert_state_dict
 from kernelpose.cli import main
 from kernelpose.data.images import read_image, write_png
-from kernelpose.models import HRPVT, MiTPOSE, PVTv2, ViTPose
+from kernelpose.models import HRPVT, HEViTPose, MiTPOSE, PVTv2, ViTPose
 from kernelpose.models.pose_model import PoseModel
 from kernelpose.models.vitpose import SIZES
 from kernelpose.pipeline import Predictor
@@ -154,7 +154,9 @@ def test_the_model_is_the_checkpoints(folder: Path, options: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize("flip", [False, True])
-@pytest.mark.parametrize("family", ["hrpvt", "hrpvt-heatmaps", "mitpose", "mitpose-released"])
+@pytest.mark.parametrize(
+    "family", ["hrpvt", "hrpvt-heatmaps", "hevitpose", "mitpose", "mitpose-released"]
+)
 def test_a_checkpoint_of_any_family(folder: Path, family: str, flip: bool) -> None:
     torch.manual_seed(5)
     model: PoseModel
@@ -162,6 +164,9 @@ def test_a_checkpoint_of_any_family(folder: Path, family: str, flip: bool) -> No
         decoder = "simple" if family.endswith("heatmaps") else "simcc"
         sizes = {"embed_dims": (16, 32, 40, 64), "depths": (1, 1, 1, 1)}
         model = HRPVT(**sizes, image_size=(64, 48), decoder=decoder).eval()
+    elif family == "hevitpose":
+        widths = {"embed_dims": (16, 16, 32), "depths": (1, 1, 1)}
+        model = HEViTPose(**widths, image_size=(64, 32)).eval()
     else:
         layout = "released" if family.endswith("released") else "figure"
         model = MiTPOSE(
