@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernelpose.backend import OPS
+from kernelpose.backend import OPS, choose
 from kernelpose.ops import dilated_pyramid
 from tests.ops import checks
 from tests.parity import assert_parity
@@ -250,6 +250,13 @@ def test_inference_mode_and_the_way_around_the_dispatcher(backend: str) -> None:
 def test_side_stream_and_graph_capture(name: str, backend: str) -> None:
     checks.check_side_stream(CASES[name], backend)
     checks.check_graph_capture(CASES[name], backend)
+
+
+@pytest.mark.parametrize(("channels", "expected"), [(3, "cpu"), (160, "cpu"), (256, "eager")])
+def test_automatic_choice_is_the_faster_one(channels: int, expected: str) -> None:
+    case = Case((1, channels, 2, 2), (16,), (1,))
+    args, options = case.arguments(case.inputs(torch.float32))
+    assert choose("dilated_pyramid", None, *args, **options) == expected
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
