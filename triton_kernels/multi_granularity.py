@@ -22,7 +22,7 @@ from torch import Tensor
 OPTIONS = {"num_warps": 4, "num_stages": 1}
 # Of any kernel, on either architecture.
 REGISTERS = 240  # a thread at most; 176 where channels are neighbours
-SHARED = 16384  # bytes a program at most
+SHARED = 20480  # bytes a program at most
 BLOCK_K = 16  # channels that are convolved at a time: what a matrix product takes
 PROGRAMS = 256  # that a GPU wants at least; tiles of pixels are smaller where there are fewer
 SIZES = ["group_vectors", "groups", "height", "width"]

@@ -171,16 +171,14 @@ def _multi_granularity_taps_kernel(
         moved = place[:, None, :] + ((dy * width + dx) * step)[None, :, None]
         exists = inside[:, :, None] & own[None, None, :]
         value = tl.load(x + image * map_size + moved, mask=exists, other=0.0).to(tl.float32)
-        exists = (pixel < pixels)[:, None] & own[None, :]
-        grads = through + image * 3 * map_size
-        grad = tl.load(grads + place, mask=exists, other=0.0).to(tl.float32)
-        total7 += value * grad[:, None, :]
-        exists = (pixel < pixels5)[:, None] & own[None, :]
-        grad = tl.load(grads + map_size + place, mask=exists, other=0.0).to(tl.float32)
-        total5 += value * grad[:, None, :]
-        exists = (pixel < pixels3)[:, None] & own[None, :]
-        grad = tl.load(grads + 2 * map_size + place, mask=exists, other=0.0).to(tl.float32)
-        total3 += value * grad[:, None, :]
+        # Each neighbour reads the gradients itself: handing them around would take barriers.
+        grads = through + image * 3 * map_size + tl.broadcast_to(place[:, None, :], total7.shape)
+        exists = (pixel < pixels)[:, None, None] & own[None, None, :]
+        total7 += value * tl.load(grads, mask=exists, other=0.0).to(tl.float32)
+        exists = (pixel < pixels5)[:, None, None] & own[None, None, :]
+        total5 += value * tl.load(grads + map_size, mask=exists, other=0.0).to(tl.float32)
+        exists = (pixel < pixels3)[:, None, None] & own[None, None, :]
+        total3 += value * tl.load(grads + 2 * map_size, mask=exists, other=0.0).to(tl.float32)
     row_size = channels.to(tl.int64)
     partial += part * 83 * row_size
     _store_taps(partial, total7, dy, dx, channel, own, channels, 7)
@@ -246,6 +244,11 @@ def block_channels(x: Tensor) -> int:
     return 16 if x.is_contiguous() else 32
 
 
+def mix_pixels(x: Tensor) -> int:
+    """Pixels of a tile of the mix's gradient, whose three sums fill the registers."""
+    return 64 if x.element_size() == 2 and not x.is_contiguous() else tile_pixels(x) // 2
+
+
 def _shares(steps: int, blocks: int) -> tuple[int, int]:
     """(parts, steps of each) that sums over so many steps, in so many blocks, are cut into."""
     share = triton.cdiv(steps, max(1, SUM_PROGRAMS // blocks))
@@ -295,7 +298,7 @@ def backward(
         for gradient, of_branch in zip(gradients[:3], of_taps, strict=True):
             gradient.copy_(of_branch.reshape(gradient.shape))
         blocks = groups * triton.cdiv(group, BLOCK_K) * triton.cdiv(group, block_o)
-        block_p = tile_pixels(x) // 2  # three sums fill the registers
+        block_p = mix_pixels(x)
         parts, share = _shares(batch * triton.cdiv(height * width, block_p), blocks)
         partial = packed.new_empty(parts, channels, 3 * group)
         _multi_granularity_mix_kernel[(parts * blocks,)](
