@@ -240,7 +240,7 @@ def _multi_granularity_mix_kernel(
 
 
 def block_channels(x: Tensor) -> int:
-    """Channels of a program where groups do not matter: fewer where each is an access of its own."""
+    """Channels of a program where groups do not matter: fewer where pixels are neighbours."""
     return 16 if x.is_contiguous() else 32
 
 

@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 from torch import nn
 
 from kernelpose.models.decoders import build_decoder, heatmap_size
-from kernelpose.models.pose_model import PoseModel
 from kernelpose.models.mitpose_released import ReleasedTransformer
+from kernelpose.models.pose_model import PoseModel
 from kernelpose.models.vit import PATCH_SIZE, VisionTransformer
 from kernelpose.models.vitpose import SIZES as VITPOSE_SIZES
 from kernelpose.models.vitpose import is_pair
