@@ -51,11 +51,16 @@ class ConvNorm(nn.Module):
         self._folder = Folder()
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor
         if can_fold([self.norm]):
-            conv = self.conv
-            ((weight, bias),) = self._folder([(conv, self.norm)])
-            y = F.conv2d(x, weight, bias, conv.stride, conv.padding, groups=conv.groups)
+            ((weight, bias),) = self._folder([(self.conv, self.norm)])
+            y = self._convolve(x, weight, bias)
         else:
-            y = self.norm(self.conv(x))
+            y = self.norm(self._convolve(x, self.conv.weight, None))
         return F.relu(y) if self.relu else y
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        conv = self.conv
+        if conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1:
+            # A product of tokens: of one image on one thread, torch's convolution would copy them.
+            return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+        return F.conv2d(x, weight, bias, conv.stride, conv.padding, groups=conv.groups)
