@@ -5,6 +5,10 @@
 #include "bind.h"
 #include "cpu/dwconv_gelu.h"
 
+#ifdef KERNELPOSE_WITH_CUDA
+#include "cuda/dwconv_gelu.h"
+#endif
+
 namespace kernelpose::bindings {
 namespace {
 
@@ -39,6 +43,28 @@ KP_BIND(m) {
                                             shape_of(shape), static_cast<DType>(dtype), threads),
         "dwconv_gelu");
   });
+#ifdef KERNELPOSE_WITH_CUDA
+  m.def("cuda_dwconv_gelu_parts",
+        [](const ShapeTuple& shape) { return cuda::dwconv_gelu_parts(shape_of(shape)); });
+  m.def("cuda_dwconv_gelu_forward", [](Address x, Address weight, Address bias, Address out,
+                                       const ShapeTuple& shape, int dtype, Address stream) {
+    const py::gil_scoped_release release;
+    check_cuda(cuda::dwconv_gelu_forward(pointer(x), pointer<float>(weight), pointer<float>(bias),
+                                         pointer(out), shape_of(shape), static_cast<DType>(dtype),
+                                         stream_of(stream)),
+               "dwconv_gelu");
+  });
+  m.def("cuda_dwconv_gelu_backward", [](Address grad_out, Address x, Address weight, Address bias,
+                                        Address partial, Address grad_x, const ShapeTuple& shape,
+                                        int dtype, Address stream) {
+    const py::gil_scoped_release release;
+    check_cuda(
+        cuda::dwconv_gelu_backward(pointer(grad_out), pointer(x), pointer<float>(weight),
+                                   pointer<float>(bias), pointer<float>(partial), pointer(grad_x),
+                                   shape_of(shape), static_cast<DType>(dtype), stream_of(stream)),
+        "dwconv_gelu");
+  });
+#endif
 }
 
 }  // namespace kernelpose::bindings

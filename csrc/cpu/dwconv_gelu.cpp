@@ -15,9 +15,9 @@
 namespace kernelpose::cpu::KP_ISA {
 namespace {
 
-constexpr int64_t kChunk = 256;   // channels of a task at most
-constexpr int kRows = 2;          // of a block
-constexpr int kRing = kRows + 2;  // rows that a block reads
+constexpr int64_t kMostChannels = 256, kLeastChannels = 64;  // of a task
+constexpr int kRows = 2;                                     // of a block
+constexpr int kRing = kRows + 2;                             // rows that a block reads
 
 // Channels [first, first + count) of a task; `chunk` is count in whole vectors, at most.
 struct Channels {
@@ -28,8 +28,11 @@ template <class T>
 struct Chunks {
   int64_t channels, chunk;
 
-  explicit Chunks(int64_t channels) : channels(channels) {
-    const int64_t parts = (channels + kChunk - 1) / kChunk;
+  // `wanted` of them, as far as they are neither large nor small.
+  Chunks(int64_t channels, int64_t wanted) : channels(channels) {
+    const int64_t least = (channels + kMostChannels - 1) / kMostChannels;
+    const int64_t most = (channels + kLeastChannels - 1) / kLeastChannels;
+    const int64_t parts = std::max(least, std::min(wanted, most));
     chunk = round_up((channels + parts - 1) / parts, kWidth<T>);
   }
   int64_t count() const { return (channels + chunk - 1) / chunk; }
@@ -321,6 +324,11 @@ struct Backward {
   }
 };
 
+// Into how many each of `parts` is to be cut, so that all threads are busy to the end.
+int64_t tasks_wanted(int64_t parts, int threads) {
+  return threads > 1 ? (4 * threads + parts - 1) / parts : 1;
+}
+
 // run(task, scratch) for each task; false where there is no memory.
 template <class T, class Run>
 bool run_tasks(int64_t tasks, int threads, int64_t scratch, const Run& run) {
@@ -347,11 +355,11 @@ bool dwconv_gelu_forward(const void* x, const void* weight, const void* bias, vo
     prefer_huge_pages(out, shape.batch * shape.image() * sizeof(Element));
     const Forward<Element> op{shape, static_cast<const Element*>(x), static_cast<const T*>(weight),
                               static_cast<const T*>(bias), static_cast<Element*>(out)};
-    const Chunks<T> chunks(shape.channels);
+    const Chunks<T> chunks(shape.channels, tasks_wanted(shape.batch, threads));
     const int64_t parts = shape.batch * chunks.count();
     // Strips of rows where there are too few parts.
-    const int64_t wanted = threads > 1 ? (4 * threads + parts - 1) / parts : 1;
-    const int64_t strips = std::max<int64_t>(1, std::min(wanted, shape.height / 4));
+    const int64_t strips =
+        std::max<int64_t>(1, std::min(tasks_wanted(parts, threads), shape.height / 4));
     ran = run_tasks<T>(
         parts * strips, threads, op.scratch(shape, chunks.chunk), [&](int64_t task, T* memory) {
           const int64_t part = task / strips, strip = task % strips;
@@ -377,7 +385,7 @@ bool dwconv_gelu_backward(const void* grad_out, const void* x, const void* weigh
                                static_cast<const T*>(bias),
                                static_cast<T*>(partial),
                                static_cast<Element*>(grad_x)};
-    const Chunks<T> chunks(shape.channels);
+    const Chunks<T> chunks(shape.channels, tasks_wanted(shape.batch, threads));
     ran = run_tasks<T>(shape.batch * chunks.count(), threads, op.scratch(shape, chunks.chunk),
                        [&](int64_t task, T* memory) {
                          op.run(task / chunks.count(), chunks.at(task % chunks.count()), memory);

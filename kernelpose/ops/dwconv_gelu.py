@@ -90,6 +90,11 @@ def _run_forward(
     out = _like(x)
     if x.numel() == 0:
         return out
+    if backend == "triton":
+        from kernelpose.triton_kernels import dwconv_gelu as kernels
+
+        kernels.forward(x, weight, bias, out, (height, width))
+        return out
     shape, code = (x.shape[0], height, width, x.shape[2]), _native.DTYPE_CODES[x.dtype]
     addresses = [_native.address(t) for t in (x, weight, bias, out)]
     _native.call("dwconv_gelu_forward", x, *addresses, shape, code)
@@ -110,13 +115,32 @@ def _run_backward(
     grad_x = _like(x)
     if x.numel() == 0:
         return grad_x, torch.zeros_like(weight), torch.zeros_like(bias)
-    # Parts of the gradients of the nine taps and of the bias.
-    partial = weight.new_empty(x.shape[0], 10, x.shape[2])
     shape, code = (x.shape[0], height, width, x.shape[2]), _native.DTYPE_CODES[x.dtype]
-    addresses = [_native.address(t) for t in (grad_out, x, weight, bias, partial, grad_x)]
-    _native.call("dwconv_gelu_backward", x, *addresses, shape, code)
+    # Parts of the gradients of the nine taps and of the bias.
+    partial = weight.new_empty(_parts(shape, backend), 10, x.shape[2])
+    tensors = (grad_out, x, weight, bias, partial, grad_x)
+    if backend == "triton":
+        from kernelpose.triton_kernels import dwconv_gelu as kernels
+
+        kernels.backward(*tensors, (height, width))
+    else:
+        addresses = [_native.address(t) for t in tensors]
+        _native.call("dwconv_gelu_backward", x, *addresses, shape, code)
     grad_weight = partial[:, :9].sum(0).t().reshape(weight.shape)
     return grad_x, grad_weight, partial[:, 9].sum(0)
+
+
+def _parts(shape: tuple[int, int, int, int], backend: str) -> int:
+    batch, height, width, _ = shape
+    if backend == "cpu":
+        return batch
+    if backend == "triton":
+        from kernelpose.triton_kernels import dwconv_gelu as kernels
+
+        return kernels.parts(batch, (height, width))
+    assert _native.core is not None
+    parts: int = _native.core.cuda_dwconv_gelu_parts(shape)
+    return parts
 
 
 def _like(tensor: Tensor, *_: Any) -> Tensor:
@@ -159,11 +183,22 @@ _op = register(
 
 
 def _objection(backend: str, x: Tensor, *_: Any, **__: Any) -> str | None:
+    """Beyond a GPU's grid, or Triton's 32-bit places in an image."""
+    if backend == "cpu" or torch.compiler.is_exporting():  # or sizes would get an upper bound
+        return None
+    batch, tokens, channels = x.shape
+    limits = [("tokens of 32 channels", batch * tokens * ((channels + 31) // 32))]
+    if backend == "triton":
+        limits.append(("elements of an image", tokens * channels))
+    for what, count in limits:
+        if count >= 2**31:
+            return f"it takes fewer than {2**31} {what}, and this has {count}"
     return None
 
 
 def _automatic(x: Tensor) -> tuple[str, ...]:
-    return {"cpu": ("cpu",)}.get(x.device.type, ())
+    """On a GPU nothing was measured yet; CUDA C++ stands first."""
+    return {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}.get(x.device.type, ())
 
 
 def _example(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -173,12 +208,17 @@ def _example(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...],
     return (x, weight, bias), {"size": (64, 48)}
 
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 register_backends(
     OpSpec(
         name="dwconv_gelu",
-        dtypes={"cpu": _FLOATS, "eager": _FLOATS},
+        dtypes={
+            "cuda": _FLOATS,
+            "triton": _FLOATS,
+            "cpu": (*_FLOATS, torch.float64),
+            "eager": (*_FLOATS, torch.float64),
+        },
         directions="fwd+bwd",
         automatic=_automatic,
         objection=_objection,

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kernelpose.backend import OPS
 from kernelpose.ops import dwconv_gelu
 from tests.ops import checks
 from tests.parity import assert_parity
 
-KERNELS = ("cpu",)
+KERNELS = ("cpu", "cuda", "triton")
 
 
 @dataclass(frozen=True)
@@ -263,6 +264,28 @@ def test_second_derivative_is_refused_and_eager_has_it(backend: str) -> None:
                 torch.autograd.grad(first.square().sum(), x)
         else:
             assert torch.autograd.grad(first.square().sum(), x)[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("name", ["stage", "odd"])
+def test_side_stream_and_graph_capture(name: str, backend: str) -> None:
+    checks.check_side_stream(CASES[name], backend)
+    checks.check_graph_capture(CASES[name], backend)
+
+
+@pytest.mark.parametrize(
+    ("backend", "shape", "what"),
+    [
+        ("cuda", (2**16, 2**14, 33), "tokens of 32 channels"),
+        ("triton", (2**16, 2**14, 33), "tokens of 32 channels"),
+        ("triton", (1, 2**21, 2**10), "elements of an image"),
+    ],
+)
+def test_no_room_is_an_objection(backend: str, shape: tuple[int, int, int], what: str) -> None:
+    x = torch.empty(shape, device="meta")
+    reason = OPS["dwconv_gelu"].objection(backend, x)
+    assert reason == f"it takes fewer than {2**31} {what}, and this has {2**31}"
+    assert OPS["dwconv_gelu"].objection(backend, x[:, 1:]) is None
 
 
 GOOD: dict[str, Any] = {

@@ -29,6 +29,7 @@ with pytest.MonkeyPatch.context() as patch:
         decode_simcc,
         dilated_pyramid,
         dual_gate,
+        dwconv_gelu,
         flip_merge,
         grn,
         heatmap_loss,
