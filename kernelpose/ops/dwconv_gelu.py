@@ -48,7 +48,8 @@ def dwconv_gelu(
     if chosen == "eager":
         return reference(x, weight, bias, (height, width))
     dtype = statistics_dtype(x)
-    weight, bias = weight.to(dtype), bias.to(dtype)
+    if weight.dtype != dtype or bias.dtype != dtype:
+        weight, bias = weight.to(dtype), bias.to(dtype)
     run = _run_forward if is_plain(x, weight, bias) else _op
     out: Tensor = run(x, weight, bias, height, width, chosen)
     return out
