@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from kernelpose.checkpoints import hevitpose, mitpose, pyramid, vitpose
+from kernelpose.checkpoints import hevitpose, mitpose, mobilevit, pyramid, vitpose
 from kernelpose.checkpoints.files import StateDict
 from kernelpose.checkpoints.layouts import LAYOUTS, Layout
 from kernelpose.errors import UserError
@@ -18,10 +18,13 @@ from kernelpose.models.hrpvt import HRPVT
 from kernelpose.models.hrpvt import SIZES as HRPVT_SIZES
 from kernelpose.models.mitpose import SIZES as MITPOSE_SIZES
 from kernelpose.models.mitpose import MiTPOSE
+from kernelpose.models.mobilevitpose import SIZES as MOBILEVITPOSE_SIZES
+from kernelpose.models.mobilevitpose import MobileViTPose
 from kernelpose.models.pvtv2 import SIZES as PVTV2_SIZES
 from kernelpose.models.pvtv2 import PVTv2
 from kernelpose.models.vitpose import SIZES as VITPOSE_SIZES
 from kernelpose.models.vitpose import ViTPose
+from kernelpose.nn.mobilevit_block import VARIANTS
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,17 @@ FAMILIES = (
         pyramid.config_of_pvtv2,
         _no_grid,
         PVTV2_SIZES,
+    ),
+    Family(
+        MobileViTPose,
+        tuple(
+            mobilevit.MobileViT(variant, prefix)
+            for prefix in (pyramid.BACKBONE, "")
+            for variant in VARIANTS
+        ),
+        mobilevit.config_of,
+        _no_grid,
+        MOBILEVITPOSE_SIZES,
     ),
     Family(
         ViTPose,

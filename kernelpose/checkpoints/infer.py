@@ -50,7 +50,7 @@ def infer_config(
 
 
 def infer_class(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> type[nn.Module]:
-    """`ViTPose`, `MiTPOSE`, `HEViTPose`, `HRPVT` or, for a backbone alone, `PVTv2`.
+    """The class of the model; for a backbone alone `PVTv2`, or the class of the whole model.
 
     Raises UserError for a checkpoint that cannot be read, or is of none of them.
     """

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kernelpose.models.mobilevit import InvertedResidual
 from kernelpose.nn import (
     GRN,
     SRU,
@@ -27,6 +28,7 @@ from kernelpose.nn import (
     SRAttention,
     WindowAttention,
 )
+from kernelpose.nn.mobilevit_block import PATCH, StridedAttention
 
 
 @dataclass(frozen=True)
@@ -185,11 +187,30 @@ def _(module: HRPMv2, x: torch.Tensor, feat_size: tuple[int, int]) -> Fused:
 
 @fused_cost.register
 def _(module: ConvNorm, x: torch.Tensor) -> Fused:
-    rows, columns = (-(-side // module.conv.stride[0]) for side in x.shape[2:])
+    return _folded(module.conv, x)
+
+
+def _folded(conv: nn.Conv2d, x: torch.Tensor) -> Fused:
+    """Of a padded convolution of x and the BatchNorm folded into it, counted as they stand."""
+    rows, columns = (-(-side // conv.stride[0]) for side in x.shape[2:])
     places = x.shape[0] * rows * columns
-    # Folded, yet counted as it stands.
-    outputs = places * module.conv.out_channels
-    return Fused(places * module.conv.weight.numel(), (3 if module.relu else 2) * outputs)
+    return Fused(places * conv.weight.numel(), 2 * places * conv.out_channels)
+
+
+@fused_cost.register
+def _(module: InvertedResidual, x: torch.Tensor) -> Fused:
+    if module.variant == "apple":  # made of ConvNorm
+        return Fused()
+    _, depthwise, last, _ = module.layers()
+    stride = depthwise.conv.stride[0]
+    return _folded(last, x[..., ::stride, ::stride])
+
+
+@fused_cost.register
+def _(module: StridedAttention, x: torch.Tensor) -> Fused:
+    rows, columns = (-(-side // patch) for side, patch in zip(x.shape[1:3], PATCH, strict=True))
+    width = module.w_out.in_features
+    return Fused(attention=2 * x[..., 0].numel() * rows * columns * width)
 
 
 @fused_cost.register

@@ -54,7 +54,7 @@ class Block(nn.Module):
 
 
 def _ffn(dim: int, hidden: int) -> nn.Module:
-    layers = {"fc1": ConvNorm(dim, hidden, relu=True), "fc2": ConvNorm(hidden, dim)}
+    layers = {"fc1": ConvNorm(dim, hidden, act=nn.ReLU()), "fc2": ConvNorm(hidden, dim)}
     return nn.Sequential(OrderedDict(layers))
 
 

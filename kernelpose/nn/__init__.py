@@ -10,6 +10,7 @@ from kernelpose.nn.hrpm_v1 import HRPMv1
 from kernelpose.nn.hrpm_v2 import HRPMv2
 from kernelpose.nn.local_perception import LocalPerception
 from kernelpose.nn.mix_ffn import MixFFN
+from kernelpose.nn.mobilevit_block import MobileViTBlock
 from kernelpose.nn.multi_scale import MultiScaleModule
 from kernelpose.nn.scconv import ScConv
 from kernelpose.nn.sr_attention import SRAttention
@@ -28,6 +29,7 @@ __all__ = [
     "HRPMv2",
     "LocalPerception",
     "MixFFN",
+    "MobileViTBlock",
     "MultiScaleModule",
     "SRAttention",
     "ScConv",

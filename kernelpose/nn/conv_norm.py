@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from kernelpose.nn.folding import Folder, can_fold
 
 
 class ConvNorm(nn.Module):
-    """BN(conv(x)), with ReLU on request: (B, C, H, W) -> (B, out_channels, H / stride, W / stride).
+    """act(BN(conv(x))): (B, C, H, W) -> (B, out_channels, H / stride, W / stride).
 
     The convolution has no bias and pads with half its kernel. In eval mode the norm is folded into
     it. Maps in channels_last memory stay so.
@@ -21,7 +23,8 @@ class ConvNorm(nn.Module):
         kernel_size: odd.
         stride: of the convolution.
         groups: of the convolution, as nn.Conv2d has them; C for a depthwise one.
-        relu: whether a ReLU follows.
+        act: what follows; nothing by default.
+        norm_name: of the norm in the state_dict, beside "conv".
     """
 
     def __init__(
@@ -32,7 +35,8 @@ class ConvNorm(nn.Module):
         *,
         stride: int = 1,
         groups: int = 1,
-        relu: bool = False,
+        act: nn.Module | None = None,
+        norm_name: str = "norm",
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(
@@ -46,21 +50,31 @@ class ConvNorm(nn.Module):
         )
         # As in SRAttention.
         nn.utils.convert_conv2d_weight_memory_format(self.conv, torch.channels_last)
-        self.norm = nn.BatchNorm2d(out_channels)
-        self.relu = relu
+        self.add_module(norm_name, nn.BatchNorm2d(out_channels))
+        self._norm_name = norm_name
+        self.act = act
         self._folder = Folder()
 
     def forward(self, x: Tensor) -> Tensor:
-        if can_fold([self.norm]):
-            ((weight, bias),) = self._folder([(self.conv, self.norm)])
-            y = self._convolve(x, weight, bias)
-        else:
-            y = self.norm(self._convolve(x, self.conv.weight, None))
-        return F.relu(y) if self.relu else y
+        norm = cast("nn.BatchNorm2d", self.get_submodule(self._norm_name))
+        y = conv_norm(x, self.conv, norm, self._folder)
+        return y if self.act is None else self.act(y)
 
-    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        conv = self.conv
-        if conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1:
-            # A product of tokens: of one image on one thread, torch's convolution would copy them.
-            return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
-        return F.conv2d(x, weight, bias, conv.stride, conv.padding, groups=conv.groups)
+
+def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, folder: Folder) -> Tensor:
+    """norm(conv(x)), as one convolution where norm uses the statistics it keeps.
+
+    folder: keeps that convolution's weight and bias.
+    """
+    if can_fold([norm]):
+        ((weight, bias),) = folder([(conv, norm)])
+        return _convolve(x, conv, weight, bias)
+    y: Tensor = norm(_convolve(x, conv, conv.weight, None))
+    return y
+
+
+def _convolve(x: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1:
+        # A product of tokens: of one image on one thread, torch's convolution would copy them.
+        return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, groups=conv.groups)

@@ -35,6 +35,7 @@ MODEL_OPTIONS: dict[str, Any] = {
     "image_size": _pair,
     "num_heads": int,
     "insertion": str,
+    "variant": str,
     "decoder": str,
 }
 """Arguments of the models that a user may have to give, and what reads them from text."""
@@ -164,7 +165,7 @@ def check_options(which: str, family: Family | None, options: Mapping[str, Any])
 
 
 def _check_size(name: str, checkpoint: Path, family: Family, config: Mapping[str, Any]) -> None:
-    told = ("embed_dim", "embed_dims", "depth", "depths", "layout", "insertion")
+    told = ("embed_dim", "embed_dims", "depth", "depths", "layout", "insertion", "features_list")
     found = {argument: config[argument] for argument in told if argument in config}
     wanted = {k: v for k, v in family.sizes.get(name, {}).items() if k in found}
     if wanted != found:

@@ -76,7 +76,7 @@ def _layer(x: Tensor, layer: nn.Module) -> Tensor:
     )
     norm = layer.norm
     y = F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, False)
-    return F.relu(y) if layer.relu else y
+    return y if layer.act is None else F.relu(y)
 
 
 def test_equations() -> None:
@@ -90,8 +90,8 @@ def test_equations() -> None:
         assert (conv.kernel_size, conv.stride) == ((kernel, kernel), (stride, stride))
         y = _layer(y, stage.embed)
         for block in stage.blocks:
-            assert block.ffn1.fc1.relu
-            assert not block.ffn1.fc2.relu
+            assert isinstance(block.ffn1.fc1.act, nn.ReLU)
+            assert block.ffn1.fc2.act is None
             for dwconv, ffn in ((block.dwconv1, block.ffn1), (block.dwconv2, block.ffn2)):
                 y = y + _layer(y, dwconv)
                 y = y + _layer(_layer(y, ffn.fc1), ffn.fc2)

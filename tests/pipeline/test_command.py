@@ -17,11 +17,12 @@ import kernelpose
 from kernelpose.checkpoints import convert_state_dict
 from kernelpose.cli import main
 from kernelpose.data.images import read_image, write_png
-from kernelpose.models import HRPVT, HEViTPose, MiTPOSE, PVTv2, ViTPose
+from kernelpose.models import HRPVT, HEViTPose, MiTPOSE, MobileViTPose, PVTv2, ViTPose
 from kernelpose.models.pose_model import PoseModel
 from kernelpose.models.vitpose import SIZES
 from kernelpose.pipeline import Predictor
 from kernelpose.pipeline.model import load_model
+from tests.models.test_mobilevitpose import TINY as MOBILEVIT
 
 pytestmark = pytest.mark.usefixtures("tiny_vitpose")
 
@@ -155,7 +156,8 @@ def test_the_model_is_the_checkpoints(folder: Path, options: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize(
-    "family", ["hrpvt", "hrpvt-heatmaps", "hevitpose", "mitpose", "mitpose-released"]
+    "family",
+    ["hrpvt", "hrpvt-heatmaps", "hevitpose", "mitpose", "mitpose-released", "mobilevitpose"],
 )
 def test_a_checkpoint_of_any_family(folder: Path, family: str, flip: bool) -> None:
     torch.manual_seed(5)
@@ -167,6 +169,8 @@ def test_a_checkpoint_of_any_family(folder: Path, family: str, flip: bool) -> No
     elif family == "hevitpose":
         widths = {"embed_dims": (16, 16, 32), "depths": (1, 1, 1)}
         model = HEViTPose(**widths, image_size=(64, 32)).eval()
+    elif family == "mobilevitpose":
+        model = MobileViTPose(**MOBILEVIT, image_size=(64, 32), decoder="simple").eval()
     else:
         layout = "released" if family.endswith("released") else "figure"
         model = MiTPOSE(
@@ -175,13 +179,20 @@ def test_a_checkpoint_of_any_family(folder: Path, family: str, flip: bool) -> No
     for parameter in model.keypoint_head.parameters():
         torch.nn.init.normal_(parameter)
     torch.save(model.state_dict(), folder / "k.pth")
-    heads = [] if family.startswith("hrpvt") else ["--model-option", "num_heads=2"]
+    heads = [] if family.startswith(("hrpvt", "mobile")) else ["--model-option", "num_heads=2"]
     flags = ["--flip-test"] if flip else []
     assert predict(folder, "--checkpoint", str(folder / "k.pth"), *heads, *flags) == 0
     found = json.loads((folder / "out/keypoints.json").read_text())[0]["keypoints"][2::3]
     poses = Predictor(model, flip_test=flip)(folder / "000000000007.png")
     # The scores: of two nearly equal maxima, rounding chooses one.
     assert poses.scores[0].tolist() == pytest.approx(found, abs=2e-3)
+
+
+def test_an_option_of_a_named_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "mobilevitpose-xxs"
+    monkeypatch.setattr(kernelpose, "create_model", kernelpose.models.create_model)
+    assert predict(folder, "--model", name, "--model-option", "variant=apple") == 0
+    assert len(json.loads((folder / "out/keypoints.json").read_text())) == 3
 
 
 def test_models_that_cannot_be_had(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
