@@ -74,8 +74,7 @@ __global__ void __launch_bounds__(Tile<T>::kThreads, resident_blocks<T>(kForward
   };
 
   copy_queries(first_tile);
-  if (first_tile + 1 < end_tile) copy_queries(first_tile + 1);
-  cp_async_commit();
+  if (first_tile + 1 < end_tile) copy_queries(first_tile + 1);  // both join the first tile's group
   for (int tile = first_tile; tile < end_tile; ++tile) {
     T* const rows = own_rows + (tile & 1) * kStrip;
     const int row = first_row(tile);

@@ -224,8 +224,7 @@ __global__ void __launch_bounds__(Tile<T>::kThreads, resident_blocks<T>(kKeysBlo
 
   copy_rows<T, D, true>(own_rows, own_rows + kStrip,
                         key_pair(problem, unit, args.kv, first_row + (lane & 15)), lane, width,
-                        problem.aligned);
-  cp_async_commit();
+                        problem.aligned);  // joins the first tile's group
   RowOperand<T, D, D <= 64> key, value;
   float grad_key[D / 8][4] = {}, grad_value[D / 8][4] = {};
   const auto compute = [&](int tile, int stage) {

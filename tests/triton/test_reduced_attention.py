@@ -80,10 +80,12 @@ def _variants(
     for (dtype, size), width, arch in itertools.product(dtypes.items(), widths, archs):
         pointers = dict.fromkeys(("q", "kv", "out", "grad_out", "grad_q"), f"*{dtype}")
         types = pointers | dict.fromkeys(("lse", "delta", "grad_kv"), "*fp32") | {"scale": "fp32"}
-        for kernel, table in (
-            ("forward", tiles.FORWARD), ("queries", tiles.BACKWARD), ("keys", tiles.BACKWARD),
+        backward = {kernels.BACKWARD[size, width]}
+        for kernel, used in (
+            ("forward", {*tiles.FORWARD[size, width].values()}),
+            ("queries", backward), ("keys", backward),
         ):  # fmt: skip
-            for tile in sorted(set(table[size, width].values())):
+            for tile in sorted(used):
                 for one_step in (True, False) if kernel == "queries" else (False,):
                     constants = {
                         "HEAD_DIM": HEAD_DIMS[width], "BLOCK_D": width,
