@@ -36,7 +36,7 @@ class Case:
             torch.randn(s, generator=generator, dtype=torch.float64)
             for s in (self.shape, (self.channels, 1, 3, 3), (self.channels,))
         )
-        tensors = (x.to(device, dtype), weight.to(device, wide) / 2, bias.to(device, wide))
+        tensors = (x.to(device, dtype), (weight / 2).to(device, wide), bias.to(device, wide))
         return [t.requires_grad_() for t in tensors]
 
     def arguments(self, inputs: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
