@@ -47,6 +47,7 @@ SUBJECTS: dict[str, tuple[Subject, tuple[int, ...]]] = {
     "mitpose-b": (_model("mitpose-b"), (1, 8)),
     "mitpose-b-released": (_model("mitpose-b-released"), (1,)),
     "hevitpose-b": (_model("hevitpose-b"), (1, 8)),
+    "mobilevitpose-s": (_model("mobilevitpose-s"), (1, 8)),
     "hrpvt-l": ((functools.partial(_Joined, "hrpvt-l"), IMAGE), (1, 8)),
     "ScConv 768 tokens": ((functools.partial(ScConv, 768), (16 * 12, 768)), (1, 8)),
 }

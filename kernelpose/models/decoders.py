@@ -33,6 +33,9 @@ class ClassicDecoder(nn.Module):
             ]
             width = out
         self.deconv_layers = nn.Sequential(*layers)
+        # Else maps in channels_last memory make oneDNN arrange these weights anew in every call: of
+        # one image and 640 channels that is half the time.
+        nn.utils.convert_conv2d_weight_memory_format(self.deconv_layers, torch.channels_last)
         self.final_layer = nn.Conv2d(width, num_keypoints, 1)
         _init(self)
 
