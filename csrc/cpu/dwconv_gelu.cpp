@@ -1,5 +1,6 @@
 // Depthwise 3x3 convolution and GELU of tokens on the CPU. A task takes some channels of an image,
-// block by block of 2 x 6 pixels, whose sums stay in registers, vector by vector of channels.
+// block by block of 2 x 6 pixels: first z of all the channels, vector by vector, the sums of the
+// block in registers; then, from the L1 cache, GELU.
 //
 // The backward pass recomputes z from x. g goes into a ring of rows, two of which are made, and
 // summed with x into the weights' gradients, before the gradients of x one row above.
@@ -16,7 +17,7 @@ namespace kernelpose::cpu::KP_ISA {
 namespace {
 
 constexpr int64_t kMostChannels = 256, kLeastChannels = 64;  // of a task
-constexpr int kRows = 2;                                     // of a block
+constexpr int kRows = 2, kLargestBlock = kRows * 6;          // of a block; its pixels
 constexpr int kRing = kRows + 2;                             // rows that a block reads
 
 // Channels [first, first + count) of a task; `chunk` is count in whole vectors, at most.
@@ -84,41 +85,46 @@ struct Neighbours {
   }
 };
 
-// to = start + the 3x3 products of a block's neighbours, one vector of channels from c on, with
-// taps, `chunk` numbers each; kTurned takes them in the opposite order.
-template <bool kTurned, class Element, class T, int kBlockRows, int kPixels, class Lanes>
-inline void convolve(const Neighbours<Element, kBlockRows, kPixels>& from, const T* taps,
-                     int64_t chunk, int64_t c, const Lanes& lanes, Vector<T> start,
-                     Vector<T> (&to)[kBlockRows][kPixels]) {
-  Vector<T> sums[kBlockRows][kPixels], tap[kDwconvTaps];
+// write(r, p, c, start + the 3x3 products around pixel p of row r of a block) for each vector of
+// channels in [c, end), with taps, `chunk` numbers each; kTurned takes them in the opposite order.
+// A function of its own, or what stands around it would take the registers of the sums.
+template <bool kTurned, class Element, class T, int kBlockRows, int kPixels, class Lanes,
+          class Write>
+[[gnu::noinline]] void convolve(const Neighbours<Element, kBlockRows, kPixels>& from, const T* taps,
+                                const T* start, int64_t chunk, int64_t c, int64_t end,
+                                const Lanes& lanes, const Write& write) {
+  for (; c < end; c += kWidth<T>) {
+    Vector<T> sums[kBlockRows][kPixels], tap[kDwconvTaps];
+    const Vector<T> first = load(start + c);
 #pragma GCC unroll 2
-  for (auto& row : sums) {
+    for (auto& row : sums) {
 #pragma GCC unroll 6
-    for (auto& sum : row) sum = start;
-  }
+      for (auto& sum : row) sum = first;
+    }
 #pragma GCC unroll 9
-  for (int t = 0; t < kDwconvTaps; ++t) {
-    tap[t] = load(taps + (kTurned ? kDwconvTaps - 1 - t : t) * chunk + c);
-  }
+    for (int t = 0; t < kDwconvTaps; ++t) {
+      tap[t] = load(taps + (kTurned ? kDwconvTaps - 1 - t : t) * chunk + c);
+    }
 #pragma GCC unroll 4
-  for (int i = 0; i < kBlockRows + 2; ++i) {
+    for (int i = 0; i < kBlockRows + 2; ++i) {
 #pragma GCC unroll 8
-    for (int j = 0; j < kPixels + 2; ++j) {
-      const Vector<T> value = lanes.read(from.at[i][j] + c);
+      for (int j = 0; j < kPixels + 2; ++j) {
+        const Vector<T> value = lanes.read(from.at[i][j] + c);
 #pragma GCC unroll 2
-      for (int r = 0; r < kBlockRows; ++r) {
+        for (int r = 0; r < kBlockRows; ++r) {
 #pragma GCC unroll 6
-        for (int p = 0; p < kPixels; ++p) {
-          const int dy = i - r, dx = j - p;
-          if (dy >= 0 && dy < 3 && dx >= 0 && dx < 3) sums[r][p] += value * tap[dy * 3 + dx];
+          for (int p = 0; p < kPixels; ++p) {
+            const int dy = i - r, dx = j - p;
+            if (dy >= 0 && dy < 3 && dx >= 0 && dx < 3) sums[r][p] += value * tap[dy * 3 + dx];
+          }
         }
       }
     }
-  }
 #pragma GCC unroll 2
-  for (int r = 0; r < kBlockRows; ++r) {
+    for (int r = 0; r < kBlockRows; ++r) {
 #pragma GCC unroll 6
-    for (int p = 0; p < kPixels; ++p) to[r][p] = sums[r][p];
+      for (int p = 0; p < kPixels; ++p) write(r, p, c, sums[r][p]);
+    }
   }
 }
 
@@ -172,15 +178,16 @@ struct Forward {
   Element* out;
 
   static int64_t scratch(const DwconvGeluShape&, int64_t chunk) {
-    return (kDwconvSums + 1) * chunk;
+    return (kDwconvSums + 1 + kLargestBlock) * chunk;
   }
 
   // Rows [first, end) of some channels of an image.
   void run(int64_t image, const Channels& own, int64_t first, int64_t end, T* memory) const {
     T* const taps = memory;
-    T* const zeros = memory + kDwconvSums * own.chunk;
+    T* const zeros = taps + kDwconvSums * own.chunk;
+    T* const z = zeros + own.chunk;  // of a block
     arrange(weight, bias, own, taps);
-    std::fill(zeros, zeros + own.chunk, T(0));
+    std::fill(zeros, z, T(0));
     const int64_t stride = shape.channels, row = shape.width * stride;
     const int64_t at = image * shape.image() + own.first;
     const auto block = [&](auto size, int64_t y, int64_t w, int64_t c, int64_t c_end, auto lanes) {
@@ -188,21 +195,27 @@ struct Forward {
       const Neighbours<Element, kBlockRows, kPixels> from(
           shape, y, w, stride, reinterpret_cast<const Element*>(zeros),
           [&](int64_t h) { return x + at + h * row; });
-      Element* const to = out + at + y * row + w * stride;
-      for (; c < c_end; c += kWidth<T>) {
-        Vector<T> z[kBlockRows][kPixels];
-        convolve<false>(from, taps, own.chunk, c, lanes, load(taps + kDwconvTaps * own.chunk + c),
-                        z);
-        for (int r = 0; r < kBlockRows; ++r) {
-          Element* pixel = to + r * row + c;
-#pragma GCC unroll 1
-          for (int p = 0; p < kPixels; ++p, pixel += stride) lanes.write(pixel, gelu(z[r][p]));
+      convolve<false>(from, taps, taps + kDwconvTaps * own.chunk, own.chunk, c, c_end, lanes,
+                      [z, chunk = own.chunk](int r, int p, int64_t i, Vector<T> sum) {
+                        store(z + (r * kPixels + p) * chunk + i, sum);
+                      });
+      for (int r = 0; r < kBlockRows; ++r) {
+        for (int p = 0; p < kPixels; ++p) {
+          activate(z + (r * kPixels + p) * own.chunk, c, c_end, lanes,
+                   out + at + (y + r) * row + (w + p) * stride);
         }
       }
     };
     for (int64_t y = first; y < end; y += kRows) {
       for_blocks<T>(y, std::min<int64_t>(kRows, end - y), shape.width, own.count, block);
     }
+  }
+
+  template <class Lanes>
+  [[gnu::noinline]] static void activate(const T* z, int64_t c, int64_t end, const Lanes& lanes,
+                                         Element* to) {
+    const Gelu<T> gelu;
+    for (; c < end; c += kWidth<T>) lanes.write(to + c, gelu(load(z + c)));
   }
 };
 
@@ -218,16 +231,17 @@ struct Backward {
   Element* grad_x;
 
   static int64_t scratch(const DwconvGeluShape& shape, int64_t chunk) {
-    return (2 * kDwconvSums + 1 + kRing * shape.width) * chunk;
+    return (2 * kDwconvSums + 1 + kLargestBlock + kRing * shape.width) * chunk;
   }
 
   void run(int64_t image, const Channels& own, T* memory) const {
     T* const taps = memory;
     T* const sums = taps + kDwconvSums * own.chunk;
     T* const zeros = sums + kDwconvSums * own.chunk;
-    T* const ring = zeros + own.chunk;  // row y of g: the last kRing that were made
+    T* const z = zeros + own.chunk;                 // of a block, and then g
+    T* const ring = z + kLargestBlock * own.chunk;  // rows of g: the last kRing that were made
     arrange(weight, bias, own, taps);
-    std::fill(sums, ring, T(0));
+    std::fill(sums, z, T(0));
     const int64_t stride = shape.channels, row = shape.width * stride;
     const int64_t at = image * shape.image() + own.first;
     const auto row_of_g = [&](int64_t y) { return ring + y % kRing * shape.width * own.chunk; };
@@ -238,39 +252,27 @@ struct Backward {
       const Neighbours<Element, kBlockRows, kPixels> from(
           shape, y, w, stride, reinterpret_cast<const Element*>(zeros),
           [&](int64_t h) { return x + at + h * row; });
-      for (; c < c_end; c += kWidth<T>) {
-        Vector<T> z[kBlockRows][kPixels], total = {};
-        convolve<false>(from, taps, own.chunk, c, lanes, load(taps + kDwconvTaps * own.chunk + c),
-                        z);
-        for (int r = 0; r < kBlockRows; ++r) {
-          const Element* incoming = grad_out + at + (y + r) * row + w * stride + c;
-          T* to = row_of_g(y + r) + w * own.chunk + c;
-#pragma GCC unroll 1
-          for (int p = 0; p < kPixels; ++p, incoming += stride, to += own.chunk) {
-            z[r][p] = gelu_derivative(z[r][p]) * lanes.read(incoming);
-            store(to, z[r][p]);
-            total += z[r][p];
-          }
+      convolve<false>(from, taps, taps + kDwconvTaps * own.chunk, own.chunk, c, c_end, lanes,
+                      [z, chunk = own.chunk](int r, int p, int64_t i, Vector<T> sum) {
+                        store(z + (r * kPixels + p) * chunk + i, sum);
+                      });
+      for (int r = 0; r < kBlockRows; ++r) {
+        for (int p = 0; p < kPixels; ++p) {
+          derive(grad_out + at + (y + r) * row + (w + p) * stride, c, c_end, lanes,
+                 z + (r * kPixels + p) * own.chunk, row_of_g(y + r) + (w + p) * own.chunk);
         }
-        add_products(from, z, c, lanes, sums, own.chunk);
-        T* const of_bias = sums + kDwconvTaps * own.chunk + c;
-        store(of_bias, load(of_bias) + total);
       }
+      add_products(from, z, c, c_end, lanes, sums, own.chunk);
     };
     // The gradient of x in a block.
     const auto outer = [&](auto size, int64_t y, int64_t w, int64_t c, int64_t c_end, auto lanes) {
       constexpr int kBlockRows = decltype(size)::rows, kPixels = decltype(size)::pixels;
       const Neighbours<T, kBlockRows, kPixels> from(shape, y, w, own.chunk, zeros, row_of_g);
       Element* const to = grad_x + at + y * row + w * stride;
-      for (; c < c_end; c += kWidth<T>) {
-        Vector<T> gradient[kBlockRows][kPixels];
-        convolve<true>(from, taps, own.chunk, c, Whole{}, Vector<T>{}, gradient);
-        for (int r = 0; r < kBlockRows; ++r) {
-          Element* pixel = to + r * row + c;
-#pragma GCC unroll 1
-          for (int p = 0; p < kPixels; ++p, pixel += stride) lanes.write(pixel, gradient[r][p]);
-        }
-      }
+      convolve<true>(from, taps, zeros, own.chunk, c, c_end, Whole{},
+                     [=](int r, int p, int64_t i, Vector<T> sum) {
+                       lanes.write(to + r * row + p * stride + i, sum);
+                     });
     };
 
     int64_t written = 0;
@@ -290,36 +292,53 @@ struct Backward {
     }
   }
 
-  // sums[t] += over the block's pixels g x at tap t.
-  template <int kBlockRows, int kPixels, class Lanes>
-  static void add_products(const Neighbours<Element, kBlockRows, kPixels>& from,
-                           const Vector<T> (&block)[kBlockRows][kPixels], int64_t c,
-                           const Lanes& lanes, T* sums, int64_t chunk) {
-    Vector<T> g[kBlockRows][kPixels], products[kDwconvTaps] = {};
-#pragma GCC unroll 2
-    for (int r = 0; r < kBlockRows; ++r) {
-#pragma GCC unroll 6
-      for (int p = 0; p < kPixels; ++p) g[r][p] = block[r][p];
+  // z = to = GELU'(z) incoming
+  template <class Lanes>
+  [[gnu::noinline]] static void derive(const Element* incoming, int64_t c, int64_t end,
+                                       const Lanes& lanes, T* z, T* to) {
+    const GeluDerivative<T> gelu_derivative;
+    for (; c < end; c += kWidth<T>) {
+      const Vector<T> g = gelu_derivative(load(z + c)) * lanes.read(incoming + c);
+      store(z + c, g);
+      store(to + c, g);
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < kBlockRows + 2; ++i) {
-#pragma GCC unroll 8
-      for (int j = 0; j < kPixels + 2; ++j) {
-        const Vector<T> value = lanes.read(from.at[i][j] + c);
+  }
+
+  // sums[t] += over a block's pixels g x at tap t, and of the bias g.
+  template <int kBlockRows, int kPixels, class Lanes>
+  [[gnu::noinline]] static void add_products(const Neighbours<Element, kBlockRows, kPixels>& from,
+                                             const T* block, int64_t c, int64_t end,
+                                             const Lanes& lanes, T* sums, int64_t chunk) {
+    for (; c < end; c += kWidth<T>) {
+      Vector<T> g[kBlockRows][kPixels], products[kDwconvSums] = {};
 #pragma GCC unroll 2
-        for (int r = 0; r < kBlockRows; ++r) {
+      for (int r = 0; r < kBlockRows; ++r) {
 #pragma GCC unroll 6
-          for (int p = 0; p < kPixels; ++p) {
-            const int dy = i - r, dx = j - p;
-            if (dy >= 0 && dy < 3 && dx >= 0 && dx < 3) products[dy * 3 + dx] += value * g[r][p];
+        for (int p = 0; p < kPixels; ++p) {
+          g[r][p] = load(block + (r * kPixels + p) * chunk + c);
+          products[kDwconvTaps] += g[r][p];
+        }
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < kBlockRows + 2; ++i) {
+#pragma GCC unroll 8
+        for (int j = 0; j < kPixels + 2; ++j) {
+          const Vector<T> value = lanes.read(from.at[i][j] + c);
+#pragma GCC unroll 2
+          for (int r = 0; r < kBlockRows; ++r) {
+#pragma GCC unroll 6
+            for (int p = 0; p < kPixels; ++p) {
+              const int dy = i - r, dx = j - p;
+              if (dy >= 0 && dy < 3 && dx >= 0 && dx < 3) products[dy * 3 + dx] += value * g[r][p];
+            }
           }
         }
       }
-    }
-#pragma GCC unroll 9
-    for (int t = 0; t < kDwconvTaps; ++t) {
-      T* const to = sums + t * chunk + c;
-      store(to, load(to) + products[t]);
+#pragma GCC unroll 10
+      for (int k = 0; k < kDwconvSums; ++k) {
+        T* const to = sums + k * chunk + c;
+        store(to, load(to) + products[k]);
+      }
     }
   }
 };
