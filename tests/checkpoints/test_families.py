@@ -63,14 +63,21 @@ def test_mmposes_maps_are_reproduced(mmpose: dict[str, Any]) -> None:
 
 
 def test_mmposes_last_digits_are_those_of_another_epsilon(mmpose: dict[str, Any]) -> None:
+    """What mmpose's epsilon leaves of the difference is rounding, which differs between CPUs."""
     model = PVTv2(**infer_config(mmpose["state_dict"])).eval()
     kernelpose.load_checkpoint(model, mmpose["state_dict"])
+    expected = torch.cat([maps.flatten() for maps in mmpose["outputs"]])
+
+    def rms_error() -> float:
+        with torch.no_grad():
+            found = torch.cat([maps.flatten() for maps in model.maps(mmpose["input"])])
+        return (found - expected).square().mean().sqrt().item()
+
+    ours = rms_error()
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             module.eps = 1e-6
-    with torch.no_grad():
-        found = model.maps(mmpose["input"])
-    torch.testing.assert_close(found, mmpose["outputs"], rtol=3e-6, atol=3e-6)
+    assert rms_error() < ours / 3
 
 
 def test_mmposes_names_come_back_bit_for_bit(mmpose: dict[str, Any]) -> None:
