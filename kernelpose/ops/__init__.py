@@ -1,6 +1,7 @@
 """The ops as functions; each is `kernelpose.ops.<op>` and its file `kernelpose/ops/<op>.py`."""
 
 from kernelpose.ops.add_layer_norm import add_layer_norm
+from kernelpose.ops.cascaded_attention import cascaded_attention
 from kernelpose.ops.channel_fuse import channel_fuse
 from kernelpose.ops.crop_normalize import crop_normalize
 from kernelpose.ops.decode_heatmap import decode_heatmap
@@ -18,6 +19,7 @@ from kernelpose.ops.window_attention import window_attention
 
 __all__ = [
     "add_layer_norm",
+    "cascaded_attention",
     "channel_fuse",
     "crop_normalize",
     "decode_heatmap",
