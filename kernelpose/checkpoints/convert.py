@@ -43,8 +43,8 @@ def convert_state_dict(
 
     Args:
         checkpoint: a file or what it holds, in any layout.
-        to: official, mmpose1, transformers or kernelpose; MiTPOSE, HRPVT and PVT v2 have but the
-            last and, where mmpose can run them, mmpose1.
+        to: official, mmpose1, transformers or kernelpose; HRPVT and PVT v2 have all but
+            transformers, MiTPOSE has the last and, where mmpose can run it, mmpose1.
         dataset: whose expert and decoder to take, of several. Without it, experts become those of
             coco, and several decoders stay together where the layout allows it.
         grid: (rows, columns) of the position table, for `to="kernelpose"`, if the checkpoint does
@@ -104,11 +104,12 @@ def convert_checkpoint(
 ) -> CheckpointReport:
     """`convert_state_dict` from file to file; `target` appears complete or not at all.
 
-    The file is torch.save's, or safetensors if `target` ends so. The official and mmpose1 layouts
-    are written under "state_dict", as their tools expect.
+    The file is torch.save's, or safetensors if `target` ends so. The official (not PVT v2's) and
+    mmpose1 layouts are written under "state_dict", as their tools expect.
     """
-    converted, report = convert_state_dict(source, to, dataset=dataset, grid=grid)
-    write_state_dict(Path(target), converted, wrap=LAYOUTS[to].wraps)
+    state_dict = read_state_dict(source)
+    converted, report = convert_state_dict(state_dict, to, dataset=dataset, grid=grid)
+    write_state_dict(Path(target), converted, wrap=detect(state_dict)[0].layout(to).wraps)
     return report
 
 

@@ -85,7 +85,11 @@ FAMILIES = (
     ),
     Family(
         HRPVT,
-        (pyramid.Timm(pyramid.BACKBONE), pyramid.MMPose(pyramid.BACKBONE)),
+        (
+            pyramid.Timm(pyramid.BACKBONE),
+            pyramid.MMPose(pyramid.BACKBONE),
+            pyramid.Released(pyramid.BACKBONE),
+        ),
         pyramid.config_of_hrpvt,
         _no_grid,
         HRPVT_SIZES,
@@ -99,7 +103,7 @@ FAMILIES = (
     ),
     Family(
         PVTv2,
-        (pyramid.Timm(""), pyramid.MMPose("")),
+        (pyramid.Timm(""), pyramid.MMPose(""), pyramid.Released("")),
         pyramid.config_of_pvtv2,
         _no_grid,
         PVTV2_SIZES,

@@ -44,8 +44,8 @@ def load_checkpoint(
     Args:
         model: gets the tensors, in its own dtype and on its own device.
         checkpoint: a file, or what it holds, in the official (also easy_ViTPose), mmpose1,
-            transformers or kernelpose layout, of any model, or a PVT v2 of timm or mmpose, which
-            fits HRPVT's backbone; with or without "state_dict" around it.
+            transformers or kernelpose layout, of any model, or a PVT v2 of its authors, timm or
+            mmpose, which fits HRPVT's backbone; with or without "state_dict" around it.
         dataset: whose expert and decoder to take from a checkpoint with several; the decoder that
             a checkpoint with one fills in a model with several. "coco" by default.
         grid: (rows, columns) of the checkpoint's position table, if it does not record it and it

@@ -1,13 +1,16 @@
-"""PVT v2's and HRPVT's checkpoints: in timm's names, which are ours, and in mmpose's.
+"""PVT v2's and HRPVT's checkpoints: in timm's names, which are ours, in the released code's and in
+mmpose's.
 
-mmpose's `PyramidVisionTransformerV2` differs from timm's in three things beside names: queries,
-keys and values are one in_proj (q, then kv), the linears of the feed-forward are 1x1 convolutions,
-and every LayerNorm has eps 1e-6, where timm's patch embeddings and reductions have 1e-5.
+The released code's (whai362/PVT) differ in names alone. mmpose's `PyramidVisionTransformerV2`
+differs from timm's in three things beside names: queries, keys and values are one in_proj (q, then
+kv), the linears of the feed-forward are 1x1 convolutions, and every LayerNorm has eps 1e-6, where
+timm's patch embeddings and reductions have 1e-5.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -43,6 +46,24 @@ _ENCODER = (
     (f"{_BLOCK}.mlp.dwconv", f"{_THEIRS}.ffn.layers.1"),
     (f"{_BLOCK}.mlp.fc2", f"{_THEIRS}.ffn.layers.4"),
 )
+_PARTS = (
+    *("norm1", "norm2", "attn.q", "attn.kv", "attn.proj", "attn.sr", "attn.norm"),
+    *("mlp.fc1", "mlp.dwconv", "mlp.fc2"),
+)
+
+
+def _released_names() -> Iterator[tuple[str, str]]:
+    """(ours, the released code's), which counts stages from 1."""
+    for stage in range(4):
+        theirs = stage + 1
+        embed = f"stages.{stage}.downsample" if stage else "patch_embed"
+        yield from ((f"{embed}.{part}", f"patch_embed{theirs}.{part}") for part in ("proj", "norm"))
+        yield f"stages.{stage}.norm", f"norm{theirs}"
+        for part in _PARTS:
+            inner = ".dwconv" if part == "mlp.dwconv" else ""
+            yield f"stages.{stage}.blocks.#.{part}", f"block{theirs}.#.{part}{inner}"
+
+
 _HEAD = ("final_layer", "mlp_head_x", "mlp_head_y", "deconv_layers.#")
 _LINEAR = re.compile(r".*\.mlp\.fc[12]\.weight")
 
@@ -52,6 +73,21 @@ class Timm(Layout):
 
     def __init__(self, prefix: str) -> None:
         self.mark = f"{prefix}stages.0.blocks.0.attn.q.weight"
+
+
+class Released(Layout):
+    """The released code's: a backbone alone, or with "backbone." before it."""
+
+    name = "official"
+
+    def __init__(self, prefix: str) -> None:
+        self.mark = f"{prefix}block1.0.attn.q.weight"
+        self.renaming = Renaming(
+            [
+                *((prefix + ours, prefix + theirs) for ours, theirs in _released_names()),
+                *((HEAD + part, HEAD + part) for part in _HEAD),
+            ]
+        )
 
 
 class MMPose(Layout):

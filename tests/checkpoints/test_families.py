@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from kernelpose.checkpoints import (
     infer_class,
     infer_config,
 )
+from kernelpose.checkpoints.pyramid import BACKBONE
 from kernelpose.errors import UserError
 from kernelpose.models import HRPVT, HEViTPose, MiTPOSE, PVTv2
 
@@ -88,6 +90,75 @@ def test_mmposes_names_come_back_bit_for_bit(mmpose: dict[str, Any]) -> None:
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], state[name]) for name in state)
     assert report.left_over == ()
+
+
+def released_names(state: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """timm's names as the released code of PVT v2 has them."""
+    renamed = {}
+    for name, tensor in state.items():
+        name = re.sub(r"^patch_embed\.", "patch_embed1.", name)
+        for stage in range(4):
+            name = name.replace(f"stages.{stage}.downsample.", f"patch_embed{stage + 1}.")
+            name = name.replace(f"stages.{stage}.blocks.", f"block{stage + 1}.")
+            name = name.replace(f"stages.{stage}.norm.", f"norm{stage + 1}.")
+        renamed[prefix + name.replace(".dwconv.", ".dwconv.dwconv.")] = tensor
+    return renamed
+
+
+def test_released_weights_fill_a_backbone(timm: dict[str, Any]) -> None:
+    state = {**released_names(timm["state_dict"]), "head.weight": torch.zeros(10, 128)}
+    # Some names of the released checkpoints, written out.
+    assert {
+        "patch_embed1.proj.weight",
+        "patch_embed4.norm.bias",
+        "block1.0.attn.sr.weight",
+        "block2.0.attn.norm.weight",
+        "block3.0.attn.kv.bias",
+        "block4.0.mlp.dwconv.dwconv.weight",
+        "norm1.weight",
+    } < state.keys()
+    assert infer_class(state) is PVTv2
+    model = PVTv2(**infer_config(state)).eval()
+    report = kernelpose.load_checkpoint(model, state)
+    assert (report.layout, report.missing) == ("official", ())
+    assert report.left_over == ("head.weight",)  # its classifier
+    with torch.no_grad():
+        found = model(timm["input"])
+    torch.testing.assert_close(found, timm["features"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["pvtv2-b0", "pvtv2-b2"])
+def test_released_names_go_both_ways(name: str) -> None:
+    with torch.device("meta"):
+        ours = kernelpose.create_model(name).state_dict()
+    theirs = released_names(ours)
+    found, report = convert_state_dict(theirs, "kernelpose")
+    assert (report.missing, report.left_over) == ((), ())  # and every shape is the model's
+    assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in ours.items()}
+    back, report = convert_state_dict(found, "official")
+    assert report.left_over == ()
+    assert all(back[k] is v for k, v in theirs.items()) and back.keys() == theirs.keys()
+
+
+@pytest.mark.parametrize(("to", "wrapped"), [("official", False), ("mmpose1", True)])
+def test_a_file_is_as_its_tools_expect(to: str, wrapped: bool, tmp_path: Path) -> None:
+    torch.save(PVTv2(**PYRAMID).state_dict(), tmp_path / "in.pth")
+    convert_checkpoint(tmp_path / "in.pth", tmp_path / "out.pth", to)
+    assert ("state_dict" in torch.load(tmp_path / "out.pth", weights_only=True)) == wrapped
+
+
+def test_a_released_backbone_of_a_whole_model(timm: dict[str, Any]) -> None:
+    """As the released code's detectors have it, under "backbone." and beside another head."""
+    state = released_names(timm["state_dict"], BACKBONE)
+    state["bbox_head.bias"] = torch.zeros(1)
+    assert infer_class(state) is HRPVT
+    model = HRPVT(**{**infer_config(state), "image_size": (128, 96)}).eval()
+    report = kernelpose.load_checkpoint(model, state)
+    assert report.left_over == ("bbox_head.bias",)
+    assert all(name.startswith("keypoint_head.") for name in report.missing)
+    with torch.no_grad():
+        found = model.backbone(timm["input"])
+    torch.testing.assert_close(found, timm["features"], rtol=1e-5, atol=1e-5)
 
 
 def test_a_whole_model_of_mmpose(mmpose: dict[str, Any]) -> None:
@@ -291,8 +362,8 @@ def test_what_mmpose_has_no_place_for_is_reported() -> None:
 
 @pytest.mark.parametrize("to", ["official", "transformers"])
 def test_a_layout_that_a_family_lacks_is_refused(to: str) -> None:
-    state = HRPVT(**PYRAMID, image_size=(64, 48)).state_dict()
-    message = f"to is '{to}'; expected one of kernelpose, mmpose1 for a checkpoint of HRPVT"
+    state = HEViTPose(**{**CASCADE, "num_heads": 2}, image_size=(64, 32)).state_dict()
+    message = f"to is '{to}'; expected one of kernelpose for a checkpoint of HEViTPose"
     with pytest.raises(UserError, match=message):
         convert_state_dict(state, to)
 
