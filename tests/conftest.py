@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -13,6 +14,13 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# Triton chooses between compiling and interpreting its own functions when it is first imported,
+# which parts of torch do while tests are collected: so here, before all of them.
+with pytest.MonkeyPatch.context() as patch, contextlib.suppress(ImportError):
+    if not torch.cuda.is_available():
+        patch.setenv("TRITON_INTERPRET", "1")
+    import triton  # noqa: F401
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,10 @@
 """Loads the Triton kernels: compiled where a GPU is, else for Triton's interpreter.
 
-Triton chooses when it is first imported, and looks again later. So the variable is set while tests
-are collected, before any test can import Triton by way of torch.compile, and during the tests of
-this folder; the others, and the processes they start, do not see it. Nor does kernelpose, which
-looks when it is imported: to it the interpreter is not a backend unless the user set the variable.
+Triton chooses for its own functions when it is first imported (tests/conftest.py sets the variable
+for that), for ours when they are decorated, and looks again in each call. So the variable is set
+here for the imports and during the tests of this folder; the others, and the processes they start,
+do not see it. Nor does kernelpose, which looks when it is imported: to it the interpreter is not a
+backend unless the user set the variable.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ with pytest.MonkeyPatch.context() as patch:
 def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """For the calls of kernels, where no GPU is."""
     interpreted = not isinstance(triton.language.sum, triton.JITFunction)
-    assert interpreted == INTERPRET, "Triton was imported before this folder chose its interpreter"
+    assert interpreted == INTERPRET, "Triton was imported before its interpreter was chosen"
     if INTERPRET:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
 
