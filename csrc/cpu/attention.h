@@ -144,6 +144,106 @@ void softmax_block(T* scores, int queries, const AttentionSizes<T>& sizes, T* la
   }
 }
 
+// Weights of kRows queries on up to one panel of keys, which has kVectors vectors: scores, softmax
+// and its division in registers. `absent` is -inf where the last vector has no key, else 0.
+template <class T, int kRows, int kVectors>
+inline void weights_tile(int64_t channels, Strided<const T> q, const T* panel, Vector<T> absent,
+                         T* weights, T* largest, T* sums) {
+  Vector<T> score[kRows][kVectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) score[i][j] = j + 1 < kVectors ? Vector<T>{} : absent;
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    Vector<T> keys[kVectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) keys[j] = load(panel + c * kPanel<T> + j * kWidth<T>);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      const T x = q.data[i * q.row + c * q.column];
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) score[i][j] += x * keys[j];
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+    Vector<T> most = score[i][0];
+#pragma GCC unroll 4
+    for (int j = 1; j < kVectors; ++j) most = maximum(most, score[i][j]);
+    largest[i] = reduce_maximum<T>(most);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+    Vector<T> total = {};
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+      score[i][j] = power_of_two(score[i][j] - largest[i]);
+      total += score[i][j];
+    }
+    sums[i] = reduce_sum<T>(total);
+    const T factor = T(1) / sums[i];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+      store(weights + (i * kVectors + j) * kWidth<T>, score[i][j] * factor);
+    }
+  }
+}
+
+template <class T, int kVectors>
+void weights_panel(int queries, const AttentionSizes<T>& sizes, Strided<const T> q, const T* panel,
+                   T* weights, T* largest, T* sums) {
+  constexpr int kRows = tile_rows(kVectors);
+  Vector<T> absent = {};
+  for (int64_t j = sizes.keys; j < sizes.keys_pad; ++j) {
+    absent[j % kWidth<T>] = -__builtin_inf();
+  }
+  const auto tiles = [&](auto rows) {
+    for (; queries >= rows; queries -= rows) {
+      weights_tile<T, rows, kVectors>(sizes.head_dim, q, panel, absent, weights, largest, sums);
+      q.data += rows * q.row;
+      weights += rows * sizes.keys_pad;
+      largest += rows;
+      sums += rows;
+    }
+  };
+  tiles(std::integral_constant<int, kRows>{});
+  tiles(std::integral_constant<int, 4>{});
+  tiles(std::integral_constant<int, 1>{});
+}
+
+// weights (queries, keys_pad): softmax of the products of q and the scaled keys, whose largest and
+// sum of powers of two come back as well.
+template <class T>
+void softmax_weights(int queries, const AttentionSizes<T>& sizes, Strided<const T> q,
+                     const T* key_panels, T* weights, T* largest, T* sums) {
+  if constexpr (std::is_same_v<T, float>) {  // a double's exponential is a call
+    const auto panel = [&](auto vectors) {
+      weights_panel<T, vectors>(queries, sizes, q, key_panels, weights, largest, sums);
+    };
+    switch (sizes.keys_pad / kWidth<T>) {
+      case 1:
+        return panel(std::integral_constant<int, 1>{});
+      case 2:
+        return panel(std::integral_constant<int, 2>{});
+      case 3:
+        if constexpr (kPanelVectors > 2) return panel(std::integral_constant<int, 3>{});
+        break;
+      case 4:
+        if constexpr (kPanelVectors > 2) return panel(std::integral_constant<int, 4>{});
+        break;
+    }
+  }
+  matmul<T, false>(queries, sizes.keys_pad, sizes.head_dim, q, key_panels, kPanel<T>,
+                   kPanel<T> * sizes.dim_pad, weights, sizes.keys_pad);
+  softmax_block(weights, queries, sizes, largest, sums);
+  for (int i = 0; i < queries; ++i) {
+    const T factor = T(1) / sums[i];
+    T* row = weights + i * sizes.keys_pad;
+    for (int64_t j = 0; j < sizes.keys_pad; j += kWidth<T>) store(row + j, load(row + j) * factor);
+  }
+}
+
 // Scores in base 2 -> the softmax weights that they gave, of a query whose log-sum-exp was `lse`
 // (in base 2); returns the sum of the weights times their gradients.
 template <class T>

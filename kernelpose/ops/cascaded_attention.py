@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernelpose import _native
 from kernelpose.backend import OpSpec, choose
 from kernelpose.backend import register as register_backends
-from kernelpose.ops._register import autocast, no_autocast
+from kernelpose.ops._register import autocast, is_plain, no_autocast, register
 from kernelpose.reference.cascaded_attention import cascaded_attention as reference
+
+MAX_GROUP_WIDTH = 128
 
 
 def cascaded_attention(
@@ -52,7 +55,8 @@ def cascaded_attention(
         norm_weight, norm_bias: (G, d), of the LayerNorm LN.
         num_heads: heads of a group; it divides d.
         eps: of all norms.
-        backend: "eager"; None chooses, see `kernelpose.backend`.
+        backend: "cpu" or "eager"; None chooses, see `kernelpose.backend`. The first has no
+            gradient: where one is wanted, None chooses "eager".
 
     Returns:
         (B, H, W, C) in x's dtype, [o_1 ... o_G]. Softmax, norms and sums are float32 (float64 for
@@ -82,9 +86,12 @@ def cascaded_attention(
         if tensor.dtype != inputs[0].dtype:
             raise TypeError(f"{name} is {tensor.dtype}; expected {inputs[0].dtype}, as x.")
     chosen = choose("cascaded_attention", backend, *inputs, num_heads=num_heads, eps=eps)
-    assert chosen == "eager"
-    with no_autocast(inputs[0]):
-        return reference(*inputs, num_heads, eps)
+    if chosen == "eager":
+        with no_autocast(inputs[0]):
+            return reference(*inputs, num_heads=num_heads, eps=eps)
+    run = _run if is_plain(*inputs) else _op
+    out: Tensor = run(*inputs, num_heads, eps, chosen)
+    return out
 
 
 def _check(tensors: dict[str, Tensor], num_heads: int, eps: float) -> None:
@@ -141,14 +148,51 @@ def _check(tensors: dict[str, Tensor], num_heads: int, eps: float) -> None:
         raise ValueError(f"eps is {eps!r}; expected a number of at least 0.")
 
 
+def _run(x: Tensor, *rest: Any) -> Tensor:
+    *parameters, num_heads, eps, backend = rest
+    x, *parameters = (t.contiguous() for t in (x, *parameters))
+    out = torch.empty_like(x)
+    if out.numel() == 0:
+        return out
+    groups, width = parameters[3].shape
+    shape = (*x.shape[:3], groups, width, num_heads, parameters[0].shape[3], eps)
+    addresses = [_native.address(t) for t in (x, *parameters, out)]
+    _native.call("cascaded_attention_forward", x, *addresses, shape, _native.DTYPE_CODES[x.dtype])
+    return out
+
+
+_op = register(
+    "cascaded_attention",
+    "(Tensor x, Tensor reduce_weight, Tensor reduce_bias, Tensor q_weight, Tensor q_bias, "
+    "Tensor kv_weight, Tensor kv_bias, Tensor out_weight, Tensor out_bias, Tensor norm_weight, "
+    "Tensor norm_bias, int num_heads, float eps, str backend) -> Tensor",
+    _run,
+    lambda x, *_: x.new_empty(x.shape),
+    autocast=11,
+)
+
+
 def _objection(backend: str, *inputs: Tensor, num_heads: int, **_: Any) -> str | None:
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         return "it has no gradient, and an input requires one"
+    x, q_weight = inputs[0], inputs[3]
+    if q_weight.shape[1] > MAX_GROUP_WIDTH:
+        return f"its groups have at most {MAX_GROUP_WIDTH} channels, and these {q_weight.shape[1]}"
+    if torch.compiler.is_exporting():  # or its dynamic sizes would get upper bounds
+        return None
+    # (what, how many, below which number)
+    limits = [
+        ("channels", x.shape[3], 2**24),
+        ("places of a map", x.shape[1] * x.shape[2], 2**30),
+    ]
+    for what, count, limit in limits:
+        if count >= limit:
+            return f"it takes fewer than {limit} {what}, and this has {count}"
     return None
 
 
 def _automatic(x: Tensor) -> tuple[str, ...]:
-    return ()
+    return ("cpu",) if x.is_cpu else ()
 
 
 def _example(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -166,7 +210,7 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 register_backends(
     OpSpec(
         name="cascaded_attention",
-        dtypes={"eager": (*_FLOATS, torch.float64)},
+        dtypes={"cpu": (*_FLOATS, torch.float64), "eager": (*_FLOATS, torch.float64)},
         directions="fwd",
         automatic=_automatic,
         objection=_objection,

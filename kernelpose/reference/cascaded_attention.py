@@ -21,6 +21,7 @@ def cascaded_attention(
     out_bias: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor,
+    *,
     num_heads: int,
     eps: float,
 ) -> Tensor:

@@ -191,7 +191,9 @@ def check_deterministic(case: Case, backend: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def check_instruction_set(isa: str, module: str, run_python: Callable[..., str]) -> None:
+def check_instruction_set(
+    isa: str, module: str, run_python: Callable[..., str], check: str = "check_parity"
+) -> None:
     """Parity of the CPU build for one instruction set, on all CASES of a test module, in a process
     of its own; skips where this machine cannot run it."""
     script = f"""
@@ -202,7 +204,7 @@ from {module} import CASES
 print(_native.core.cpu_isa())
 for case in CASES.values():
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        checks.check_parity(case, "cpu", dtype)
+        checks.{check}(case, "cpu", dtype)
 print("done")
 """
     lines = run_python(script, KERNELPOSE_CPU_ISA=isa).split()

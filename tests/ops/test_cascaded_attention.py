@@ -1,4 +1,4 @@
-"""cascaded_attention: every backend against the reference, and the reference against its meaning."""
+"""cascaded_attention: every backend against the reference, the reference against its meaning."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import kernelpose
 from kernelpose.backend import OPS, choose
 from kernelpose.ops import cascaded_attention
 from tests.ops import checks
+from tests.parity import assert_parity
 
 KERNELS = [name for name in OPS["cascaded_attention"].dtypes if name != "eager"]
 NAMES = (
@@ -132,6 +134,121 @@ def test_eps(backend: str) -> None:
     assert (got - case.run(inputs, backend)).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("backend", KERNELS)
+def test_norms_of_channels_far_from_zero(backend: str) -> None:
+    """A variance is no difference of large numbers."""
+    case = CASES["odd"]
+    x, *rest = case.inputs(torch.float32, checks.device_for(backend))
+    inputs = [x + 1000, *rest]
+    exact = case.run([t.double() for t in inputs], "eager")
+    assert_parity(case.run(inputs, backend), case.run(inputs, "eager"), exact)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("name", ["small", "odd", "many-keys"])
+def test_large_scores_and_nan(name: str, backend: str) -> None:
+    case = CASES[name]
+    inputs = case.inputs(torch.float32, checks.device_for(backend))
+    inputs[3] *= 1e4
+    inputs[5] *= 1e4
+    assert all(case.run(inputs, b).isfinite().all() for b in (backend, "eager"))
+    inputs[0][0, 0, 0, case.width] = torch.nan  # in the second group: the first does not see it
+    got, expected = (case.run(inputs, b).isnan() for b in (backend, "eager"))
+    assert torch.equal(got, expected) and got.any() and not got[0, ..., : case.width].any()
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("name", ["small", "odd"])
+def test_non_contiguous_inputs(name: str, backend: str) -> None:
+    case = CASES[name]
+    inputs = case.inputs(torch.float32, checks.device_for(backend))
+    strided = [torch.stack((t, t), -1)[..., 0] for t in inputs]
+    maps = inputs[0].permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    expected = case.run(inputs, backend)
+    for others in (strided, [maps, *inputs[1:]]):
+        assert not others[0].is_contiguous()
+        got = case.run(others, backend)
+        assert torch.equal(got, expected) and got.is_contiguous()
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("name", ["small", "odd"])
+def test_inputs_are_never_written_wherever_they_start(name: str, backend: str) -> None:
+    case = CASES[name]
+    inputs = case.inputs(torch.float32, checks.device_for(backend))
+    moved = [torch.cat((t.flatten()[:1], t.flatten()))[1:].view_as(t) for t in inputs]
+    copies = [t.clone() for t in moved]
+    assert torch.equal(case.run(moved, backend), case.run(inputs, backend))
+    assert all(torch.equal(*pair) for pair in zip(moved, copies, strict=True))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("name", ["b-stage2", "odd", "t-stage1"])
+def test_deterministic_whatever_the_threads(name: str, backend: str) -> None:
+    case = CASES[name]
+    inputs = case.inputs(torch.float32, checks.device_for(backend))
+    expected, before = case.run(inputs, backend), torch.get_num_threads()
+    try:
+        for threads in (1, 2, 2, 5):
+            torch.set_num_threads(threads)
+            assert torch.equal(case.run(inputs, backend), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("name", ["small", "batch-0"])
+def test_opcheck(name: str, backend: str) -> None:
+    inputs = CASES[name].inputs(torch.float32, checks.device_for(backend))
+    args = (*inputs, CASES[name].heads, 1e-5, backend)
+    torch.library.opcheck(torch.ops.kernelpose.cascaded_attention.default, args)
+
+
+class _Attend(torch.nn.Module):
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return cascaded_attention(*inputs, num_heads=2)  # type: ignore[misc, arg-type]
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_export(backend: str) -> None:
+    """The program holds the op, and takes any batch and any map."""
+    inputs = CASES["small"].inputs(torch.float32, checks.device_for(backend))
+    batch, rows, columns = (torch.export.Dim(name) for name in ("batch", "rows", "columns"))
+    shapes = ({0: batch, 1: 2 * rows, 2: 2 * columns}, *10 * [None])
+    larger = torch.randn(3, 8, 10, 48, device=inputs[0].device)
+    with kernelpose.backend(backend):
+        program = torch.export.export(_Attend(), tuple(inputs), dynamic_shapes={"inputs": shapes})
+        expected = _Attend()(larger, *inputs[1:])
+    assert "kernelpose.cascaded_attention" in program.graph_module.code
+    assert torch.equal(program.module()(larger, *inputs[1:]), expected)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_autocast_of_the_registered_op(backend: str) -> None:
+    case, device = CASES["small"], checks.device_for(backend)
+    inputs = case.inputs(torch.float32, device)
+    with torch.autocast(device, torch.bfloat16):
+        got = torch.ops.kernelpose.cascaded_attention(*inputs, case.heads, 1e-5, backend)
+    assert torch.equal(got, case.run([t.bfloat16() for t in inputs], backend))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_inference_mode_and_the_way_around_the_dispatcher(backend: str) -> None:
+    case = CASES["odd"]
+    inputs = case.inputs(torch.float32, checks.device_for(backend))
+    registered = torch.ops.kernelpose.cascaded_attention(*inputs, case.heads, 1e-5, backend)
+    with torch.inference_mode():
+        direct = case.run(inputs, backend)
+    assert torch.equal(direct, registered) and direct.stride() == registered.stride()
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("name", ["b-stage3", "b-stage1"])
+def test_side_stream_and_graph_capture(name: str, backend: str) -> None:
+    checks.check_side_stream(CASES[name], backend)
+    checks.check_graph_capture(CASES[name], backend)
+
+
 @pytest.mark.parametrize("backend", [*KERNELS, "eager"])
 def test_compiles_to_one_graph(backend: str) -> None:
     case = CASES["small"]
@@ -150,6 +267,28 @@ def test_gradient_comes_from_eager() -> None:
     for name in KERNELS:
         reason = OPS[case.op].objection(name, *(x.detach() for x in args[:-1]), args[-1], **options)
         assert reason == "it has no gradient, and an input requires one"
+    with torch.no_grad():
+        assert choose(case.op, None, *args, **options) == "cpu"
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize(
+    ("within", "beyond", "text"),
+    [
+        (Case((4, 4), 2, 128, 2, 2), Case((4, 4), 2, 129, 3, 2), "at most 128 channels, and these"),
+        (Case((1, 4), 2**16, 128, 2, 1), Case((1, 4), 2**17, 128, 2, 1), f"{2**24} channels, and"),
+        (Case((1, 2**30 - 1), 2, 8, 1, 1), Case((2**15, 2**15), 2, 8, 1, 1), "places of a map"),
+    ],
+)
+def test_no_room_is_an_objection(backend: str, within: Case, beyond: Case, text: str) -> None:
+    def objection(case: Case) -> str | None:
+        x = torch.empty(1, device="meta").expand(1, *case.size, case.groups * case.width)
+        weight = x.new_empty(1).expand(case.groups, case.width, case.width)
+        inputs = [x, x[:1, 0, 0], x[:1, 0, 0], weight]
+        return OPS[case.op].objection(backend, *inputs, num_heads=case.heads)
+
+    assert objection(within) is None
+    assert text in (objection(beyond) or "")
 
 
 @pytest.mark.parametrize("backend", [*KERNELS, "eager"])
@@ -198,3 +337,10 @@ def test_errors_name_the_argument(name: str, value: Any, error: type[Exception],
     with pytest.raises(error, match=text) as caught:
         cascaded_attention(**arguments)
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(isa: str, run_python: Any) -> None:
+    checks.check_instruction_set(
+        isa, "tests.ops.test_cascaded_attention", run_python, "check_forward_parity"
+    )

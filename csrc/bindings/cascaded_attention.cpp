@@ -1,0 +1,39 @@
+#include "kernelpose/cascaded_attention.h"
+
+#include <tuple>
+
+#include "bind.h"
+#include "cpu/cascaded_attention.h"
+
+namespace kernelpose::bindings {
+namespace {
+
+// (batch, height, width, groups, group_width, heads, ratio, eps)
+using ShapeTuple = std::tuple<int64_t, int, int, int, int, int, int, double>;
+
+CascadedAttentionShape shape_of(const ShapeTuple& t) {
+  const auto& [batch, height, width, groups, group_width, heads, ratio, eps] = t;
+  return {batch, height, width, groups, group_width, heads, ratio, eps};
+}
+
+}  // namespace
+
+KP_BIND(m) {
+  m.def("cpu_cascaded_attention_forward",
+        [](Address x, Address reduce_weight, Address reduce_bias, Address q_weight, Address q_bias,
+           Address kv_weight, Address kv_bias, Address out_weight, Address out_bias,
+           Address norm_weight, Address norm_bias, Address out, const ShapeTuple& shape, int dtype,
+           int threads) {
+          using namespace cpu;
+          const py::gil_scoped_release release;
+          const CascadedAttentionTensors tensors = {
+              pointer(x),        pointer(reduce_weight), pointer(reduce_bias), pointer(q_weight),
+              pointer(q_bias),   pointer(kv_weight),     pointer(kv_bias),     pointer(out_weight),
+              pointer(out_bias), pointer(norm_weight),   pointer(norm_bias),   pointer(out)};
+          check_memory(KP_SELECT_ISA(cascaded_attention_forward)(
+                           tensors, shape_of(shape), static_cast<DType>(dtype), threads),
+                       "cascaded_attention");
+        });
+}
+
+}  // namespace kernelpose::bindings
