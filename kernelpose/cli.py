@@ -19,6 +19,7 @@ COMMANDS = {
     "predict": ("kernelpose.pipeline.command", "find the joints of people in images"),
     "bench": ("kernelpose.pipeline.bench", "where the time goes, ours against OpenCV and numpy"),
     "convert": ("kernelpose.checkpoints.command", "convert a checkpoint to another layout"),
+    "models": ("kernelpose.models.command", "the models, their cost, and what was published"),
     "info": ("kernelpose.info", "versions, devices, and which backend runs what"),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from kernelpose.info import backend_table
+from kernelpose.models.command import model_table
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -12,6 +13,10 @@ README = (ROOT / "README.md").read_text()
 
 def test_backend_table_is_the_registry() -> None:
     assert f"-->\n{backend_table()}\n<!--" in README
+
+
+def test_model_table_is_the_zoo() -> None:
+    assert f"-->\n{model_table()}\n<!--" in README
 
 
 def test_links_lead_to_files() -> None:

@@ -79,3 +79,49 @@ COCO = Skeleton(
         (4, 6),
     ),
 )
+
+MPII = Skeleton(
+    names=(
+        "right_ankle",
+        "right_knee",
+        "right_hip",
+        "left_hip",
+        "left_knee",
+        "left_ankle",
+        "pelvis",
+        "thorax",
+        "upper_neck",
+        "head_top",
+        "right_wrist",
+        "right_elbow",
+        "right_shoulder",
+        "left_shoulder",
+        "left_elbow",
+        "left_wrist",
+    ),
+    links=(
+        (0, 1),
+        (1, 2),
+        (2, 6),
+        (5, 4),
+        (4, 3),
+        (3, 6),
+        (6, 7),
+        (7, 8),
+        (8, 9),
+        (7, 12),
+        (12, 11),
+        (11, 10),
+        (7, 13),
+        (13, 14),
+        (14, 15),
+    ),
+)
+
+SKELETONS = {"coco": COCO, "mpii": MPII}
+"""By the name of the data set."""
+
+
+def skeleton_of(num_keypoints: object) -> Skeleton | None:
+    """The skeleton of so many joints, which is all that most models tell of theirs."""
+    return next((s for s in SKELETONS.values() if s.num_keypoints == num_keypoints), None)

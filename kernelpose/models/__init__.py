@@ -6,6 +6,7 @@ from kernelpose.models.mitpose import MiTPOSE
 from kernelpose.models.mobilevit import MobileViT
 from kernelpose.models.mobilevitpose import MobileViTPose
 from kernelpose.models.pvtv2 import PVTv2
+from kernelpose.models.table import ModelInfo
 from kernelpose.models.vitpose import ViTPose
 from kernelpose.models.zoo import create_model, list_models
 
@@ -15,6 +16,7 @@ __all__ = [
     "MiTPOSE",
     "MobileViT",
     "MobileViTPose",
+    "ModelInfo",
     "PVTv2",
     "ViTPose",
     "create_model",

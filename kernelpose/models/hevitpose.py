@@ -188,20 +188,5 @@ class HEViTPose(PoseModel):
 
 
 @register(*SIZES)
-def _build(
-    name: str,
-    *,
-    num_keypoints: int | Mapping[str, int],
-    image_size: tuple[int, int],
-    decoder: str | None,
-    **options: Any,
-) -> HEViTPose:
-    return HEViTPose(
-        **{
-            **SIZES[name],
-            "num_keypoints": num_keypoints,
-            "image_size": image_size,
-            "decoder": decoder or "classic",
-            **options,
-        }
-    )
+def _build(name: str, **options: Any) -> HEViTPose:
+    return HEViTPose(**{**SIZES[name], **options})

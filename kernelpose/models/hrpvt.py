@@ -126,21 +126,5 @@ def blocks_with_hrpm(insertion: str, depths: Sequence[int]) -> list[Collection[i
 
 
 @register(*SIZES)
-def _build(
-    name: str,
-    *,
-    num_keypoints: int | Mapping[str, int],
-    image_size: tuple[int, int],
-    decoder: str | None,
-    **options: Any,
-) -> HRPVT:
-    return HRPVT(
-        **{
-            **SIZES[name],
-            "drop_path": DROP_PATH,
-            "num_keypoints": num_keypoints,
-            "image_size": image_size,
-            "decoder": decoder or "simcc",
-            **options,
-        }
-    )
+def _build(name: str, **options: Any) -> HRPVT:
+    return HRPVT(**{**SIZES[name], "drop_path": DROP_PATH, **options})

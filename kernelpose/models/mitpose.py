@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
-from torch import nn
-
 from kernelpose.models.decoders import build_decoder, heatmap_size
 from kernelpose.models.mitpose_released import ReleasedTransformer
 from kernelpose.models.pose_model import PoseModel
@@ -123,22 +121,6 @@ class MiTPOSE(PoseModel):
 
 
 @register(*SIZES, *(f"{name}-released" for name in SIZES))
-def _build(
-    name: str,
-    *,
-    num_keypoints: int | Mapping[str, int],
-    image_size: tuple[int, int],
-    decoder: str | None,
-    **options: Any,
-) -> nn.Module:
-    released = name.endswith("-released")
-    return MiTPOSE(
-        **{
-            **SIZES[name.removesuffix("-released")],
-            "layout": "released" if released else "figure",
-            "num_keypoints": num_keypoints,
-            "image_size": image_size,
-            "decoder": decoder or "simple",
-            **options,
-        }
-    )
+def _build(name: str, **options: Any) -> MiTPOSE:
+    layout = "released" if name.endswith("-released") else "figure"
+    return MiTPOSE(**{**SIZES[name.removesuffix("-released")], "layout": layout, **options})

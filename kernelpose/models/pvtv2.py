@@ -209,10 +209,11 @@ def init_weights(module: nn.Module) -> None:
 
 
 @register(*SIZES)
-def _build(name: str, *, decoder: str | None, **options: Any) -> nn.Module:
+def _build(name: str, **options: Any) -> PVTv2:
     """A backbone alone, which has no keypoints and takes images of any size."""
-    if decoder is not None:
-        raise ValueError(f"decoder is {decoder!r}; expected None for {name}, a backbone alone.")
-    for unused in ("num_keypoints", "image_size"):
-        options.pop(unused)
+    for option in ("num_keypoints", "image_size", "decoder"):
+        if option in options:
+            raise ValueError(
+                f"{option} is {options[option]!r}; expected None for {name}, a backbone alone."
+            )
     return PVTv2(**{**SIZES[name], "drop_path": DROP_PATH, **options})

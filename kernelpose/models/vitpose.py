@@ -170,20 +170,5 @@ def layer_attentions(
 
 
 @register(*SIZES)
-def _build(
-    name: str,
-    *,
-    num_keypoints: int | Mapping[str, int],
-    image_size: tuple[int, int],
-    decoder: str | None,
-    **options: Any,
-) -> ViTPose:
-    return ViTPose(
-        **{
-            **SIZES[name],
-            "num_keypoints": num_keypoints,
-            "image_size": image_size,
-            "decoder": decoder or "classic",
-            **options,
-        }
-    )
+def _build(name: str, **options: Any) -> ViTPose:
+    return ViTPose(**{**SIZES[name], **options})

@@ -66,7 +66,7 @@ class Annotator:
         images = [source for source in sources if not source.is_video]
         with _progress(len(images), "images") as bar:
             for picture, poses in self._stream(self._images(images, bar)):
-                write_png(self._out / picture.source.overlay, _drawn(picture, poses))
+                write_png(self._out / picture.source.overlay, self._drawn(picture, poses))
                 yield (
                     picture.source,
                     Outcome(
@@ -117,7 +117,7 @@ class Annotator:
             writing_video(self._out / source.overlay, video.rate) as write,
         ):
             for number, (picture, poses) in enumerate(self._stream(frames())):
-                write(_drawn(picture, poses))
+                write(self._drawn(picture, poses))
                 entries = [{**entry, "frame": number} for entry in _entries(picture, poses)]
                 outcome.pictures.append(entries)
                 outcome.refused.extend(picture.refused)
@@ -146,6 +146,24 @@ class Annotator:
         for poses in self._predictor.stream(items()):
             yield pending.popleft(), poses
 
+    def _drawn(self, picture: _Picture, poses: Poses) -> Pixels:
+        persons = zip(
+            poses.keypoints,
+            poses.scores,
+            poses.person_scores(picture.box_scores),
+            picture.box_scores,
+            strict=True,
+        )
+        return draw_poses(
+            picture.pixels,
+            [
+                Person(points.numpy(), joints.numpy(), score)
+                for points, joints, score, box_score in persons
+                if box_score >= MIN_DRAWN_BOX_SCORE
+            ],
+            skeleton=self._predictor.skeleton,
+        )
+
 
 def _picture(
     source: Source, pixels: Pixels, found: Sequence[Detection] | None, name: str
@@ -172,24 +190,6 @@ def _picture(
 def _entries(picture: _Picture, poses: Poses) -> list[dict[str, Any]]:
     named = dataclasses.replace(poses, image=picture.source.path)
     return named.to_coco(0, box_scores=picture.box_scores)
-
-
-def _drawn(picture: _Picture, poses: Poses) -> Pixels:
-    persons = zip(
-        poses.keypoints,
-        poses.scores,
-        poses.person_scores(picture.box_scores),
-        picture.box_scores,
-        strict=True,
-    )
-    return draw_poses(
-        picture.pixels,
-        [
-            Person(points.numpy(), joints.numpy(), score)
-            for points, joints, score, box_score in persons
-            if box_score >= MIN_DRAWN_BOX_SCORE
-        ],
-    )
 
 
 def _progress(total: int, name: str) -> Any:

@@ -14,8 +14,7 @@ import kernelpose
 from kernelpose.checkpoints import infer_config
 from kernelpose.checkpoints.families import FAMILIES, Family, detect
 from kernelpose.checkpoints.files import read_state_dict
-from kernelpose.checkpoints.plus import DATASETS
-from kernelpose.data.skeletons import COCO
+from kernelpose.data.skeletons import SKELETONS, skeleton_of
 from kernelpose.errors import UserError
 from kernelpose.models.pose_model import PoseModel
 
@@ -37,6 +36,7 @@ MODEL_OPTIONS: dict[str, Any] = {
     "insertion": str,
     "variant": str,
     "decoder": str,
+    "num_keypoints": int,
 }
 """Arguments of the models that a user may have to give, and what reads them from text."""
 
@@ -70,13 +70,14 @@ def load_model(
     On the GPU if there is one. Says which. Random weights are the same on every call.
 
     Args:
-        name: a name of `kernelpose.list_models()`; a checkpoint must be of its size.
-        checkpoint: a file in any layout; of several data sets' decoders, COCO's is taken.
+        name: that of one of `kernelpose.list_models()`; a checkpoint must be of its size.
+        checkpoint: a file in any layout; of several data sets' decoders, COCO's is taken, without
+            one MPII's, or the one of as many joints as options have for num_keypoints.
         options: arguments of the model's class that go before what name and checkpoint say.
 
     Raises:
-        UserError: no such model, options that it refuses, or a checkpoint that is none of 17
-            keypoints, of another size than the name's, or without some of the tensors.
+        UserError: no such model, options that it refuses, joints that are neither COCO's nor
+            MPII's, or a checkpoint of another size than the name's, or without some of the tensors.
     """
     options = options or {}
     if checkpoint is None:
@@ -98,6 +99,9 @@ def persons_a_pass(model: nn.Module) -> int:
 def _random_model(name: str, options: Mapping[str, Any]) -> nn.Module:
     torch.manual_seed(0)
     check_options(name, family_of(name), options)
+    if "num_keypoints" in options:
+        joints = options["num_keypoints"]
+        _check_joints(joints, f"--model-option num_keypoints is {joints}")
     model = _built(kernelpose.create_model, name, **options)
     print(f"no --checkpoint: the weights of {name} are random, and so is what it finds")
     return model
@@ -118,18 +122,16 @@ def _read(name: str | None, checkpoint: Path, options: Mapping[str, Any]) -> nn.
     )
     if name is not None:
         _check_size(name, checkpoint, family, config)
-    joints = config["num_keypoints"]
+    joints, dataset = config["num_keypoints"], None
     if isinstance(joints, Mapping):
-        joints = joints.get(DATASETS[0], 0)
-    if joints != COCO.num_keypoints:
-        raise UserError(
-            f"{checkpoint} finds {joints} keypoints; expected COCO's {COCO.num_keypoints}, to be "
-            "drawn and written."
-        )
+        dataset = _dataset(checkpoint, joints, options.get("num_keypoints"))
+        joints = joints[dataset]
+    joints = options.get("num_keypoints", joints)
+    _check_joints(joints, f"{checkpoint} finds {joints} keypoints")
     if "attention" in options:  # then the windows that go with the recorded one do not count
         config = {k: v for k, v in config.items() if k not in ("window", "num_full_layers")}
     model = _built(family.model, **{**config, "num_keypoints": joints, **options})
-    report = kernelpose.load_checkpoint(model, state_dict)
+    report = kernelpose.load_checkpoint(model, state_dict, dataset=dataset)
     if report.missing:
         raise UserError(
             f"{checkpoint} lacks {len(report.missing)} tensors; expected a whole model, with "
@@ -139,10 +141,26 @@ def _read(name: str | None, checkpoint: Path, options: Mapping[str, Any]) -> nn.
     return model
 
 
+def _dataset(checkpoint: Path, joints: Mapping[str, int], wanted: int | None) -> str:
+    """Which of several data sets' decoders to take."""
+    for name, skeleton in SKELETONS.items():
+        number = skeleton.num_keypoints
+        if joints.get(name) == number and wanted in (None, number):
+            return name
+    held = ", ".join(f"{name} ({number})" for name, number in joints.items())
+    asked = "" if wanted is None else f" of {wanted} joints"
+    raise UserError(f"{checkpoint} has decoders of {held}; expected coco's or mpii's{asked}.")
+
+
+def _check_joints(joints: int, what: str) -> None:
+    if skeleton_of(joints) is None:
+        known = " or ".join(f"{skeleton.num_keypoints}" for skeleton in SKELETONS.values())
+        raise UserError(f"{what}; expected {known} (COCO or MPII), to be drawn and written.")
+
+
 def pose_models() -> list[str]:
-    """Names of the zoo's models that find keypoints, which a backbone alone does not."""
-    backbones = {name for f in FAMILIES if not issubclass(f.model, PoseModel) for name in f.sizes}
-    return [name for name in kernelpose.list_models() if name not in backbones]
+    """Names of the zoo's models, which all find keypoints."""
+    return [model.name for model in kernelpose.list_models()]
 
 
 def family_of(name: str) -> Family | None:

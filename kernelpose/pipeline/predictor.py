@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kernelpose.codecs import DECODE_MODES
 from kernelpose.data.boxes import box_to_center_scale, can_be_cropped
 from kernelpose.data.images import read_image
-from kernelpose.data.skeletons import COCO, Skeleton
+from kernelpose.data.skeletons import COCO, Skeleton, skeleton_of
 from kernelpose.ops import crop_normalize
 from kernelpose.ops.crop_normalize import DTYPES
 from kernelpose.pipeline.graph import Graphed
@@ -37,7 +37,8 @@ class Predictor:
         model: (B, 3, h, w) images to (B, K, h', w') heatmaps, or to SimCC logits (B, K, bins of
             the width) and (B, K, bins of the height); put into evaluation mode.
         image_size: (height, width) of the model's input; by default ``model.image_size``.
-        skeleton: what the K joints are, for the flip test.
+        skeleton: what the K joints are, for the flip test; by default MPII's for a model whose
+            ``num_keypoints`` is 16, else COCO's.
         flip_test: average the outputs with those of the mirrored crops, as published figures do;
             see `kernelpose.pipeline.outputs.run_mirrored`.
         decode: one of `kernelpose.codecs.DECODE_MODES`, for heatmaps.
@@ -54,7 +55,7 @@ class Predictor:
         model: nn.Module,
         *,
         image_size: tuple[int, int] | None = None,
-        skeleton: Skeleton = COCO,
+        skeleton: Skeleton | None = None,
         flip_test: bool = True,
         decode: str = "mmpose1",
         batch_size: int = 64,
@@ -79,7 +80,8 @@ class Predictor:
                 f"cuda_graph is True; expected 'auto' or False for a model on {self._device}."
             )
         self.image_size: tuple[int, int] = (int(size[0]), int(size[1]))
-        self.skeleton = skeleton
+        joints = getattr(model, "num_keypoints", None)
+        self.skeleton = skeleton or skeleton_of(joints) or COCO
         self.flip_test = flip_test
         self.decode = decode
         self.batch_size = batch_size

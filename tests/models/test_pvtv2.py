@@ -98,8 +98,3 @@ def test_autocast() -> None:
 def test_refusals(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny(**options)
-
-
-def test_a_backbone_has_no_decoder() -> None:
-    with pytest.raises(ValueError, match="decoder is 'classic'; expected None for pvtv2-b0"):
-        kernelpose.create_model("pvtv2-b0", decoder="classic")

@@ -17,10 +17,11 @@ import kernelpose
 from kernelpose.checkpoints import convert_state_dict
 from kernelpose.cli import main
 from kernelpose.data.images import read_image, write_png
+from kernelpose.data.skeletons import MPII, Skeleton
 from kernelpose.models import HRPVT, HEViTPose, MiTPOSE, MobileViTPose, PVTv2, ViTPose
 from kernelpose.models.pose_model import PoseModel
 from kernelpose.models.vitpose import SIZES
-from kernelpose.pipeline import Predictor
+from kernelpose.pipeline import Predictor, annotate, overlay
 from kernelpose.pipeline.model import load_model
 from tests.models.test_mobilevitpose import TINY as MOBILEVIT
 
@@ -188,6 +189,82 @@ def test_a_checkpoint_of_any_family(folder: Path, family: str, flip: bool) -> No
     assert poses.scores[0].tolist() == pytest.approx(found, abs=2e-3)
 
 
+def test_a_model_of_mpii(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(5)
+    options = {**SIZES["vitpose-b"], "image_size": (64, 48), "decoder": "simple"}
+    model = ViTPose(**options, num_keypoints=16).eval()
+    for parameter in model.keypoint_head.parameters():
+        torch.nn.init.normal_(parameter)
+    torch.save(model.state_dict(), folder / "mpii.pth")
+    drawn = []
+
+    def draw_poses(pixels: np.ndarray, persons: list[Any], *, skeleton: Skeleton) -> np.ndarray:
+        drawn.append(skeleton)
+        return overlay.draw_poses(pixels, persons, skeleton=skeleton)
+
+    monkeypatch.setattr(annotate, "draw_poses", draw_poses)
+    for flags in ([], ["--flip-test"]):
+        assert predict(folder, "--checkpoint", str(folder / "mpii.pth"), *flags) == 0
+        entry = json.loads((folder / "out/keypoints.json").read_text())[0]
+        assert len(entry["keypoints"]) == 48
+        poses = Predictor(model, flip_test=bool(flags))(folder / "000000000007.png")
+        assert poses.scores[0].tolist() == pytest.approx(entry["keypoints"][2::3], abs=2e-3)
+    assert drawn == [MPII] * 6
+
+
+def test_the_decoder_that_is_taken(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {**SIZES["vitpose-b"], "image_size": (64, 48), "decoder": "simple"}
+    for joints, number, message in (
+        ({"mpii": 16, "coco": 17}, None, 17),
+        ({"mpii": 16, "coco": 17}, 16, 16),
+        ({"aic": 14, "mpii": 16}, None, 16),
+        (
+            {"aic": 14, "ap10k": 17},
+            None,
+            "k.pth has decoders of aic (14), ap10k (17); expected coc",
+        ),
+        ({"aic": 14, "mpii": 16}, 17, "expected coco's or mpii's of 17 joints."),
+        (17, 16, "has shape (17, 24, 3, 3); expected the model's (16, 24, 3, 3)"),
+    ):
+        model = ViTPose(**options, num_keypoints=joints)
+        torch.save(model.state_dict(), folder / "k.pth")
+        flags = [] if number is None else ["--model-option", f"num_keypoints={number}"]
+        code = predict(folder, "--checkpoint", str(folder / "k.pth"), *flags)
+        error = capsys.readouterr().err
+        if isinstance(message, str):
+            assert code == 2
+            assert message in error
+        else:
+            assert code == 0
+            entry = json.loads((folder / "out/keypoints.json").read_text())[0]
+            assert len(entry["keypoints"]) == 3 * message
+
+
+def test_joints_of_a_named_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert predict(folder, "--model-option", "num_keypoints=16") == 0
+    entry = json.loads((folder / "out/keypoints.json").read_text())[0]
+    assert len(entry["keypoints"]) == 48
+    capsys.readouterr()
+    assert predict(folder, "--model-option", "num_keypoints=21") == 2
+    assert "num_keypoints is 21; expected 17 or 16 (COCO or MPII)" in capsys.readouterr().err
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", [model.name for model in kernelpose.list_models()])
+@pytest.mark.parametrize("joints", [16, 17])
+def test_every_model_of_the_zoo(
+    folder: Path, shared: Path, monkeypatch: pytest.MonkeyPatch, name: str, joints: int
+) -> None:
+    monkeypatch.setattr(kernelpose, "create_model", kernelpose.models.create_model)
+    image = shared / "samples/mpii/images/005808361.jpg"
+    option = ["--model-option", f"num_keypoints={joints}"]
+    assert main(["predict", str(image), "--model", name, "--out", str(folder), *option]) == 0
+    (entry,) = json.loads((folder / "keypoints.json").read_text())
+    assert len(entry["keypoints"]) == 3 * joints
+    assert np.isfinite(entry["keypoints"]).all()
+    assert read_image(folder / "005808361_pose.png").shape == read_image(image).shape
+
+
 def test_an_option_of_a_named_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "mobilevitpose-xxs"
     monkeypatch.setattr(kernelpose, "create_model", kernelpose.models.create_model)
@@ -227,7 +304,7 @@ def test_checkpoints_of_another_size_or_skeleton_are_refused(
     for joints, name, message in (
         (17, "vitpose-s", "--model is vitpose-s; expected a ViTPose of embed_dim 24, depth 2"),
         (17, "vitpose-x", "--model is vitpose-x; expected one of vitpose-s"),
-        (21, "vitpose-b", "finds 21 keypoints; expected COCO's 17"),
+        (21, "vitpose-b", "finds 21 keypoints; expected 17 or 16 (COCO or MPII), to be drawn"),
     ):
         model = ViTPose(**SIZES["vitpose-b"], image_size=(64, 48), num_keypoints=joints)
         torch.save(model.state_dict(), folder / "k.pth")

@@ -14,7 +14,7 @@ from kernelpose.codecs import encode_udp
 from kernelpose.data.boxes import box_to_center_scale, warp_matrix
 from kernelpose.data.coco import DetectionIndex, read_detections
 from kernelpose.data.images import write_png
-from kernelpose.data.skeletons import COCO, Skeleton
+from kernelpose.data.skeletons import COCO, MPII, Skeleton
 from kernelpose.models import ViTPose
 from kernelpose.pipeline import Predictor
 
@@ -61,6 +61,13 @@ def test_simcc_logits_are_decoded_at_their_own_resolution(pictures) -> None:
     expected = center - scale / 2 + of_scale * scale
     torch.testing.assert_close(poses.keypoints[0], expected.float().expand(17, 2))
     assert torch.equal(poses.scores, torch.full((1, 17), 0.25))
+
+
+def test_the_skeleton_is_that_of_the_models_joints(mosaic: nn.Module) -> None:
+    assert Predictor(mosaic).skeleton is COCO
+    for joints, skeleton in ((16, MPII), (17, COCO), ({"mpii": 16}, COCO)):
+        mosaic.num_keypoints = joints
+        assert Predictor(mosaic).skeleton is skeleton
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 100])
