@@ -217,7 +217,9 @@ def _(module: StridedAttention, x: torch.Tensor) -> Fused:
 def _(module: CascadedGroupSRAttention, x: torch.Tensor) -> Fused:
     batch, dim, *size = x.shape
     keys = math.prod(side // module.sr_ratio for side in size)
-    # Beside its modules: keys and values, their norms and biases.
     width = dim // len(module.groups)
-    layers = 2 * batch * keys * dim * width
-    return Fused(layers, 6 * batch * keys * dim, 2 * x.numel() * keys)
+    # Each place is reduced once, and has a query and an output; each key has keys and values.
+    layers = x.numel() * (1 + 2 * width) + 2 * batch * keys * dim * width
+    # Norms and biases: of queries and outputs; of keys and values, beside the reduction's bias.
+    beside = (4 + 2) * x.numel() + (4 + 2 + 1) * batch * keys * dim
+    return Fused(layers, beside, 2 * x.numel() * keys)

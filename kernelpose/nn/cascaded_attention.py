@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,9 @@ class CascadedGroupSRAttention(nn.Module):
     reduction is depthwise, and the BatchNorm, are our choice). LN_k and LN_v normalise one map, so
     that is done once, and what differs between them is folded into W_k and W_v, which is exact.
 
-    Maps in channels_last memory are never transposed, and the result is in it. Under
-    `kernelpose.backend("eager")` plain PyTorch computes the same.
+    What stands before the last projection is `kernelpose.ops.cascaded_attention`; where a gradient
+    is wanted, the layers one by one. Maps in channels_last memory are never transposed, and the
+    result is in it. Under `kernelpose.backend("eager")` plain PyTorch computes the same.
 
     Args:
         dim: C.
@@ -59,7 +60,7 @@ class CascadedGroupSRAttention(nn.Module):
         self.sr_ratio = sr_ratio
         self.groups = nn.ModuleList(_Group(width, num_heads, sr_ratio) for _ in range(num_groups))
         self.proj = ConvNorm(dim, dim)
-        self._folder = Folder(_joined)
+        self._folder = Folder(_stacked)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[1] != self.dim or any(s % self.sr_ratio for s in x.shape[2:]):
@@ -67,13 +68,21 @@ class CascadedGroupSRAttention(nn.Module):
                 f"x has shape {tuple(x.shape)}; expected (B, {self.dim}, H, W), H and W multiples "
                 f"of {self.sr_ratio}."
             )
+        tokens = x.permute(0, 2, 3, 1)
         groups = cast("list[_Group]", list(self.groups))
-        parts = x.permute(0, 2, 3, 1).chunk(len(groups), -1)
-        projections = self._folder([(g.norm_k, g.k, g.norm_v, g.v) for g in groups])
-        found: list[Tensor] = []
-        for group, part, projection in zip(groups, parts, projections, strict=True):
-            found.append(group(part, found[-1] if found else None, *projection))
-        y: Tensor = self.proj(torch.cat(found, -1).permute(0, 3, 1, 2))
+        if torch.is_grad_enabled() and (
+            x.requires_grad or any(weight.requires_grad for weight in self.groups.parameters())
+        ):
+            found: list[Tensor] = []
+            for group, part in zip(groups, tokens.chunk(len(groups), -1), strict=True):
+                found.append(group(part, found[-1] if found else None))
+            joined = torch.cat(found, -1)
+        else:
+            (weights,) = self._folder([[layer for group in groups for layer in group.children()]])
+            joined = ops.cascaded_attention(
+                tokens, *weights, num_heads=groups[0].num_heads, eps=groups[0].norm.eps
+            )
+        y: Tensor = self.proj(joined.permute(0, 3, 1, 2))
         return y
 
 
@@ -90,21 +99,37 @@ class _Group(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, before: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(self, x: Tensor, before: Tensor | None) -> Tensor:
         size = x.shape[1:3]
         u, normed = self.norm_q(x.contiguous(), before)
         reduced = self.sr(u.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)
         reduced = F.layer_norm(reduced, reduced.shape[2:], eps=self.norm_k.eps)
-        kv = F.linear(reduced, weight, bias)
+        kv = F.linear(reduced, *_keys_and_values(self.norm_k, self.k, self.norm_v, self.v))
         q = self.q(normed.flatten(1, 2))
         y = self.proj(ops.reduced_attention(q, kv, num_heads=self.num_heads))
         found: Tensor = self.norm(y).unflatten(1, size)
         return found
 
 
-def _joined(
+def _keys_and_values(
     norm_k: nn.LayerNorm, k: nn.Linear, norm_v: nn.LayerNorm, v: nn.Linear
 ) -> tuple[Tensor, Tensor]:
     """Weight and bias of one linear from a normalised map to keys and values."""
     keys, values = fold_affine(norm_k, k), fold_affine(norm_v, v)
     return torch.cat((keys[0], values[0])), torch.cat((keys[1], values[1]))
+
+
+def _stacked(*layers: Any) -> tuple[Tensor, ...]:
+    """The parameters of `kernelpose.ops.cascaded_attention` from the layers of all groups."""
+    groups = []
+    for first in range(0, len(layers), 9):  # in the order of `_Group`
+        sr, norm_q, q, norm_k, k, norm_v, v, proj, norm = layers[first : first + 9]
+        pairs = (
+            fold_affine(norm_q, q),
+            _keys_and_values(norm_k, k, norm_v, v),
+            (proj.weight, proj.bias),
+            (norm.weight, norm.bias),
+        )
+        groups.append([sr.weight, sr.bias, *(tensor for pair in pairs for tensor in pair)])
+    reduce_weight, reduce_bias, *others = zip(*groups, strict=True)
+    return torch.cat(reduce_weight), torch.cat(reduce_bias), *map(torch.stack, others)

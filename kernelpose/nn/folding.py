@@ -56,14 +56,14 @@ class Folder:
     `.data` goes unseen. A copy or a file holds nothing.
 
     Args:
-        function: the layers of a group -> weight and bias; `fold` by default.
+        function: the layers of a group -> weight and bias, or more; `fold` by default.
     """
 
-    def __init__(self, function: Callable[..., tuple[Tensor, Tensor]] = fold) -> None:
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]] = fold) -> None:
         self._function = function
-        self._kept: tuple[Any, list[tuple[Tensor, Tensor]]] = (None, [])
+        self._kept: tuple[Any, list[tuple[Tensor, ...]]] = (None, [])
 
-    def __call__(self, groups: Sequence[Sequence[nn.Module]]) -> list[tuple[Tensor, Tensor]]:
+    def __call__(self, groups: Sequence[Sequence[nn.Module]]) -> list[tuple[Tensor, ...]]:
         tensors = [
             tensor
             for layers in groups

@@ -149,7 +149,7 @@ def _check(tensors: dict[str, Tensor], num_heads: int, eps: float) -> None:
 
 
 def _run(x: Tensor, *rest: Any) -> Tensor:
-    *parameters, num_heads, eps, backend = rest
+    *parameters, num_heads, eps, _ = rest
     x, *parameters = (t.contiguous() for t in (x, *parameters))
     out = torch.empty_like(x)
     if out.numel() == 0:

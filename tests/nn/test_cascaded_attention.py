@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernelpose
+from kernelpose import ops
 from kernelpose.nn import CascadedGroupSRAttention
 
 
@@ -94,6 +96,20 @@ def test_eager_and_automatic_agree(batch: int, size: tuple[int, int]) -> None:
             expected = module(x)
     assert found.shape == x.shape
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_op_runs_where_no_gradient_is_wanted() -> None:
+    module, x = made(), maps()
+    with mock.patch.object(ops, "cascaded_attention", wraps=ops.cascaded_attention) as op:
+        trained = module(x)
+        assert not op.called and trained.requires_grad
+        with torch.no_grad():
+            inferred = module(x)
+        assert op.call_count == 1
+        frozen = module.requires_grad_(False)(x)
+        assert op.call_count == 2 and torch.equal(frozen, inferred)
+        assert module(x.requires_grad_()).requires_grad and op.call_count == 2
+    torch.testing.assert_close(inferred, trained, rtol=1e-4, atol=1e-4)
 
 
 def test_maps_in_channels_last_memory_stay_so() -> None:
