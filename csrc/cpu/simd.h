@@ -73,6 +73,11 @@ inline Vector<T> broadcast(T x) {
 // The larger, and b where one is not a number.
 template <class V>
 inline V maximum(V a, V b) {
+#ifdef __AVX512F__  // GCC 12 makes two instructions of the line below, and warns of _mm512_max_ps.
+  if constexpr (std::is_same_v<V, FloatVector>) {
+    return (FloatVector)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
+  }
+#endif
   return a > b ? a : b;
 }
 
@@ -101,7 +106,9 @@ constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 
 // 2^x to 1 ULP for x <= 0 and a little above, never less than 2^-126: 2^n 2^r with n = round(x),
-// |r| <= 1/2, and the Chebyshev polynomial of degree 6 of 2^r, whose own error is 3e-9.
+// |r| <= 1/2, and the Chebyshev polynomial of degree 6 of 2^r, whose own error is 3e-9. kRough: to
+// 1e-4, for results of fewer digits than that.
+template <bool kRough = false>
 inline FloatVector power_of_two(FloatVector x) {
   x = maximum(broadcast(-126.0f), x);  // in this order it keeps NaN
   // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits; 127 is the exponent's
@@ -109,13 +116,21 @@ inline FloatVector power_of_two(FloatVector x) {
   const FloatVector shifter = broadcast(12582912.0f + 127.0f);
   const FloatVector shifted = x + shifter;
   const FloatVector r = x - (shifted - shifter);
-  FloatVector p = broadcast(1.546144472e-4f);
-  p = p * r + 1.340042818e-3f;
-  p = p * r + 9.618056678e-3f;
-  p = p * r + 5.550327227e-2f;
-  p = p * r + 2.402265092e-1f;
-  p = p * r + 6.931472067e-1f;
-  p = p * r + 1.0f;
+  FloatVector p;
+  if constexpr (kRough) {
+    p = broadcast(5.517166802e-2f);
+    p = p * r + 2.426111221e-1f;
+    p = p * r + 6.932609857e-1f;
+    p = p * r + 9.999280735e-1f;
+  } else {
+    p = broadcast(1.546144472e-4f);
+    p = p * r + 1.340042818e-3f;
+    p = p * r + 9.618056678e-3f;
+    p = p * r + 5.550327227e-2f;
+    p = p * r + 2.402265092e-1f;
+    p = p * r + 6.931472067e-1f;
+    p = p * r + 1.0f;
+  }
   IntVector exponent;
   std::memcpy(&exponent, &shifted, sizeof(exponent));
   exponent <<= 23;
@@ -130,15 +145,30 @@ inline DoubleVector power_of_two(DoubleVector x) {
   return y;
 }
 
+// What 2 to its negative does not overflow: t log2(e), but not below the least exponent; NaN stays.
+template <class V>
+inline V sigmoid_exponent(V t) {
+  using T = std::decay_t<decltype(t[0])>;
+  return maximum(V{} - (sizeof(T) == 4 ? 126 : 1022), t * T(kLog2E));
+}
+
 // 1 / (1 + e^-t), without overflow and with NaN kept.
 template <class V>
 inline V sigmoid(V t) {
-  const V e = power_of_two((t < 0 ? t : -t) * static_cast<decltype(t[0] + 0)>(kLog2E));
-  const V one = V{} + 1;
-  return (t < 0 ? e : one) / (one + e);
+  return 1 / (1 + power_of_two(-sigmoid_exponent(t)));
 }
 inline float sigmoid(float t) { return sigmoid(broadcast(t))[0]; }
 inline double sigmoid(double t) { return sigmoid(broadcast(t))[0]; }
+
+// The same to 2^-12, for results of fewer digits than that.
+inline FloatVector rough_sigmoid(FloatVector t) {
+  const FloatVector sum = 1 + power_of_two<true>(-sigmoid_exponent(t));
+#ifdef __AVX512F__
+  return (FloatVector)_mm512_maskz_rcp14_ps(0xffff, (__m512)sum);
+#else
+  return 1 / sum;
+#endif
+}
 
 inline float logarithm2(float x) { return __builtin_log2f(x); }
 inline double logarithm2(double x) { return __builtin_log2(x); }
@@ -300,15 +330,23 @@ inline void store_elements(Element* to, Vector<Compute<Element>> v) {
   if constexpr (std::is_same_v<Element, T>) {
     store(to, v);
   } else if constexpr (std::is_same_v<Element, BFloat16>) {
+    // Half of the last place is added, less where that is even; upper halves are what stays. A NaN
+    // that arithmetic left is quiet: its upper half is a NaN, too.
+#if defined(__AVX512F__)
+    const __m512i bits = (__m512i)v;
+    const auto odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+    const __m512i half =
+        _mm512_mask_blend_epi32(odd, _mm512_set1_epi32(0x7fff), _mm512_set1_epi32(0x8000));
+    const auto number = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_ORD_Q);
+    const __m512i upper = _mm512_set_epi64(0, 0, 0, 0, 0x001f001d001b0019, 0x0017001500130011,
+                                           0x000f000d000b0009, 0x0007000500030001);
+    const __m512i rounded = _mm512_mask_add_epi32(bits, number, bits, half);
+    const __m512i words = _mm512_permutexvar_epi16(upper, rounded);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_castsi512_si256(words));
+#else
     UintVector bits;
     std::memcpy(&bits, &v, sizeof(bits));
-    // A NaN that arithmetic left is quiet: its upper half is a NaN, too.
     const UintVector high = (v == v ? bits + (0x7fff + ((bits >> 16) & 1)) : bits) >> 16;
-#if defined(__AVX512F__)
-    __m512i words;
-    std::memcpy(&words, &high, sizeof(words));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(words));
-#else
     const ShortVector narrow = __builtin_convertvector(high, ShortVector);
     std::memcpy(to, &narrow, sizeof(narrow));
 #endif

@@ -18,6 +18,16 @@ struct GateFactors {
   T offset[2][kChannelBlock];
 };
 
+// The sigmoid, to more digits than Element's.
+template <class Element, class V>
+inline V sigmoid_for(V t) {
+  if constexpr (std::is_same_v<Element, BFloat16> && std::is_same_v<V, FloatVector>) {
+    return rough_sigmoid(t);
+  } else {
+    return sigmoid(t);
+  }
+}
+
 // What both directions are made of.
 template <class Element>
 struct Gate {
@@ -147,7 +157,7 @@ struct Forward : Gate<Element> {
           V kept[2], rest[2];
           for (int h = 0; h < 2; ++h) {
             const V t = (in[h] - f[3 * h]) * f[3 * h + 1] + f[3 * h + 2];
-            const V weak = sigmoid(t) * in[h];
+            const V weak = sigmoid_for<Element>(t) * in[h];
             kept[h] = t > limit ? in[h] : weak;
             rest[h] = t > limit ? V{} : weak;
           }
