@@ -47,7 +47,7 @@ class HRPMv2(nn.Module):
             pairs: list[Pair] = [(self.up, self.up_norm), (self.down, self.down_norm)]
             (up, up_bias), (down, down_bias) = self._folder(pairs)
             large = F.conv_transpose2d(maps, up, up_bias, stride=2, padding=1)
-            y = F.conv2d(self.pyramid(F.relu(large)), down, down_bias, stride=2, padding=1)
+            y = F.conv2d(self.pyramid(F.relu_(large)), down, down_bias, stride=2, padding=1)
         else:
             y = self.down_norm(self.down(self.pyramid(torch.relu(self.up_norm(self.up(maps))))))
         return y.permute(0, 2, 3, 1).flatten(1, 2)

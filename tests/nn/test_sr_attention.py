@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from kernelpose.nn import MixFFN, SRAttention
+import kernelpose
+from kernelpose import ops
+from kernelpose.backend import why_not
+from kernelpose.nn import MixFFN, SRAttention, mix_ffn
 
 SIZE = (9, 7)
 
@@ -51,6 +56,35 @@ def test_mix_ffn(batch: int) -> None:
     assert set(mlp.state_dict()) == {
         f"{layer}.{leaf}" for layer in ("fc1", "dwconv", "fc2") for leaf in ("weight", "bias")
     }
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 9])
+def test_mix_ffn_in_strips(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if why_not("dwconv_gelu", "cpu", tokens(8)):
+        pytest.skip("strips are for the native core")
+    torch.manual_seed(0)
+    mlp, x = MixFFN(8, 24, 12), tokens(16)[..., ::2]
+    expected = mlp(x, SIZE)  # at once, as parameters ask for gradients
+    monkeypatch.setattr(mix_ffn, "_STRIP_BYTES", rows * SIZE[1] * 24 * 4)
+    sizes = []
+    original = ops.dwconv_gelu
+
+    def watched(*args: Any, **options: Any) -> torch.Tensor:
+        sizes.append(options["size"])
+        return original(*args, **options)
+
+    monkeypatch.setattr(ops, "dwconv_gelu", watched)
+    with torch.no_grad():
+        torch.testing.assert_close(mlp(x, SIZE), expected)
+        strips = -(-SIZE[0] // rows)
+        assert len(sizes) == 2 * strips
+        assert max(height for height, _ in sizes) <= rows + 2
+        sizes.clear()
+        with kernelpose.backend("eager"):
+            torch.testing.assert_close(mlp(x, SIZE), expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(mlp(x, SIZE).float(), expected, rtol=0.1, atol=0.02)
+        assert sizes == [SIZE] * 2
 
 
 def test_refusals() -> None:
