@@ -1,8 +1,7 @@
-"""HEViTPose as a module: counted, written out, training, tracing, sizes."""
+"""HEViTPose as a module: counted, written out, sizes."""
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import pytest
@@ -125,76 +124,6 @@ def test_an_image_that_the_strides_do_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match=r"images has shape \(2, 3, 64, 48\); expected H and W mu"):
         tiny()(image(size=(64, 48)))
     assert tiny(sr_ratios=(4, 2, 1))(image(size=(64, 48))).shape == (2, 5, 16, 12)
-
-
-@pytest.mark.parametrize("decoder", DECODERS)
-def test_every_parameter_learns(decoder: str) -> None:
-    model = tiny(decoder=decoder).train()
-    model(image()).square().mean().backward()
-    # Softmax cancels what is the same in every key, but for rounding.
-    cancelled = (".k.bias", ".norm_k.bias")
-    learning = {n: p.grad for n, p in model.named_parameters() if not n.endswith(cancelled)}
-    assert [n for n, grad in learning.items() if grad is None or not grad.any()] == []
-
-
-@pytest.mark.parametrize("batch", [0, 1, 3])
-@pytest.mark.parametrize("decoder", DECODERS)
-def test_eager_and_automatic_agree(decoder: str, batch: int) -> None:
-    model, x = tiny(decoder=decoder), image(batch)
-    with torch.no_grad():
-        found = model(x)
-        with kernelpose.backend("eager"):
-            expected = model(x)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_compiles_whole() -> None:
-    model, x = tiny(), image()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.full
-def test_training_compiles_whole() -> None:
-    model, x = tiny().train(), image()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    compiled(x).square().mean().backward()
-    assert model.backbone.stages[0].embed.conv.weight.grad.any()
-
-
-@pytest.mark.full
-@pytest.mark.parametrize(
-    "context", [contextlib.nullcontext(), kernelpose.backend("eager")], ids=["automatic", "eager"]
-)
-def test_exports_with_any_batch(context: contextlib.AbstractContextManager[None]) -> None:
-    model, batch = tiny(), torch.export.Dim("batch", min=1, max=64)
-    with torch.no_grad(), context:
-        program = torch.export.export(model, (image(),), dynamic_shapes=({0: batch},))
-        for count_ in (1, 3):
-            torch.testing.assert_close(
-                program.module()(image(count_)), model(image(count_)), rtol=1e-4, atol=1e-4
-            )
-
-
-def test_autocast() -> None:
-    model, x = tiny(), image()
-    with torch.no_grad():
-        expected = model(x)
-        with torch.autocast("cpu", torch.bfloat16):
-            found = model(x)
-    assert found.dtype == torch.bfloat16
-    assert (found.float() - expected).abs().max() < 0.05 * expected.abs().max()
-
-
-@pytest.mark.parametrize("decoder", DECODERS)
-def test_state_dict_round_trip(decoder: str) -> None:
-    model, other = tiny(decoder=decoder), tiny(decoder=decoder)
-    for tensor in (*other.parameters(), *other.buffers()):
-        tensor.detach().zero_()
-    other.load_state_dict(model.state_dict())
-    with torch.no_grad():
-        torch.testing.assert_close(other(image()), model(image()), rtol=0, atol=0)
 
 
 def test_a_decoder_a_data_set() -> None:

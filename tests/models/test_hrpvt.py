@@ -1,4 +1,4 @@
-"""HRPVT as a module: written out, counted, heads, insertion, training, tracing."""
+"""HRPVT as a module: written out, counted, heads, insertion."""
 
 from __future__ import annotations
 
@@ -174,17 +174,6 @@ def test_a_simcc_head_takes_its_own_size_alone() -> None:
         tiny()(image(size=(64, 64)))
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
-@pytest.mark.parametrize("insertion", ["layer", "stage"])
-def test_every_parameter_learns(decoder: str, insertion: str) -> None:
-    model = tiny(decoder=decoder, insertion=insertion, image_size=(96, 64)).train()
-    found = model(image(size=(96, 64)))
-    outputs = found if isinstance(found, tuple) else (found,)
-    sum(output.square().mean() for output in outputs).backward()
-    still = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    assert still == []
-
-
 def test_live_norms_and_folded_ones_give_one_gradient_in_eval_mode() -> None:
     """In eval mode with gradient: as the modules one by one, with the statistics they keep."""
     model, x = tiny(), image()
@@ -197,62 +186,6 @@ def test_live_norms_and_folded_ones_give_one_gradient_in_eval_mode() -> None:
             module.forward = lambda y, norm=module: _bn(y, norm)
     expected = torch.autograd.grad(model(x)[0].square().mean(), parameters)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize("batch", [0, 1, 3])
-@pytest.mark.parametrize("decoder", ["simcc", "classic"])
-def test_eager_and_automatic_agree(decoder: str, batch: int) -> None:
-    model, x = tiny(decoder=decoder), image(batch)
-    with torch.no_grad():
-        found = model(x)
-        with kernelpose.backend("eager"):
-            expected = model(x)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_compiles_whole() -> None:
-    model, x = tiny(), image()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.full
-def test_training_compiles_whole() -> None:
-    model, x = tiny(image_size=(96, 64)).train(), image(size=(96, 64))
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    compiled(x)[0].square().mean().backward()
-    assert model.backbone.stem.pyramid.convs[0].weight.grad.any()
-
-
-@pytest.mark.full
-def test_exports_with_any_batch() -> None:
-    model, batch = tiny(), torch.export.Dim("batch", min=1, max=64)
-    with torch.no_grad():
-        program = torch.export.export(model, (image(),), dynamic_shapes=({0: batch},))
-        for count in (1, 3):
-            torch.testing.assert_close(program.module()(image(count)), model(image(count)))
-
-
-def test_autocast() -> None:
-    model, x = tiny(), image()
-    with torch.no_grad():
-        expected = model(x)
-        with torch.autocast("cpu", torch.bfloat16):
-            found = model(x)
-    for output, reference in zip(found, expected, strict=True):
-        assert output.dtype == torch.bfloat16
-        assert (output.float() - reference).abs().max() < 0.05 * reference.abs().max()
-
-
-@pytest.mark.parametrize("decoder", ["simcc", "classic"])
-def test_state_dict_round_trip(decoder: str) -> None:
-    model, other = tiny(decoder=decoder), tiny(decoder=decoder)
-    for tensor in (*other.parameters(), *other.buffers()):
-        tensor.detach().zero_()
-    other.load_state_dict(model.state_dict())
-    with torch.no_grad():
-        torch.testing.assert_close(other(image()), model(image()), rtol=0, atol=0)
 
 
 def test_a_decoder_a_data_set() -> None:

@@ -1,4 +1,4 @@
-"""MiTPOSE as a module: both layouts written out, names, sizes, training, tracing."""
+"""MiTPOSE as a module: both layouts written out, names, sizes."""
 
 from __future__ import annotations
 
@@ -191,44 +191,6 @@ def test_heatmaps_are_a_quarter_of_any_image(layout: str, size: tuple[int, int])
     model = tiny(layout=layout, num_keypoints=5)
     assert model(image(size=size)).shape == (2, 5, size[0] // 4, size[1] // 4)
     assert model.heatmap_size == (16, 12)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("decoder", ["classic", "simple"])
-def test_every_parameter_learns(layout: str, decoder: str) -> None:
-    model = tiny(layout=layout, decoder=decoder).train()
-    model(image()).square().mean().backward()
-    still = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    assert still == []
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("batch", [0, 1, 3])
-def test_eager_and_automatic_agree(layout: str, batch: int) -> None:
-    model, x = tiny(layout=layout), image(batch)
-    with torch.no_grad():
-        found = model(x)
-        with kernelpose.backend("eager"):
-            expected = model(x)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_compiles_whole(layout: str) -> None:
-    model, x = tiny(layout=layout), image()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_state_dict_round_trip(layout: str) -> None:
-    model, other = tiny(layout=layout), tiny(layout=layout)
-    for parameter in other.parameters():
-        nn.init.zeros_(parameter)
-    other.load_state_dict(model.state_dict())
-    with torch.no_grad():
-        assert torch.equal(other(image()), model(image()))
 
 
 def test_weights_of_vitpose_load_into_the_rest() -> None:

@@ -1,4 +1,4 @@
-"""MobileViTPose as a module: recorded, counted, both variants, sizes, training, tracing."""
+"""MobileViTPose as a module: recorded, counted, both variants, sizes."""
 
 from __future__ import annotations
 
@@ -113,15 +113,6 @@ def test_images_that_the_strides_do_not_divide_are_refused(variant: str, unit: i
         tiny(variant=variant)(image(size=(128, 3 * unit // 2)))
 
 
-@pytest.mark.parametrize("decoder", ["classic", "simple"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_every_parameter_learns(variant: str, decoder: str) -> None:
-    model = tiny(variant=variant, decoder=decoder).train()
-    model(image()).square().mean().backward()
-    still = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    assert still == []
-
-
 def test_live_norms_and_folded_ones_give_one_gradient_in_eval_mode() -> None:
     model, x = tiny().double(), image().double()
     names = ["backbone.stem.1.conv.2.weight", "backbone.stage1.0.conv.1.norm_layer.weight"]
@@ -135,66 +126,6 @@ def test_live_norms_and_folded_ones_give_one_gradient_in_eval_mode() -> None:
             )
     expected = torch.autograd.grad(model(x).square().mean(), parameters)
     torch.testing.assert_close(found, expected)
-
-
-@pytest.mark.parametrize("batch", [0, 1, 3])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_eager_and_automatic_agree(variant: str, batch: int) -> None:
-    model, x = tiny(variant=variant), image(batch)
-    with torch.no_grad():
-        found = model(x)
-        with kernelpose.backend("eager"):
-            expected = model(x)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_compiles_whole(variant: str) -> None:
-    model, x = tiny(variant=variant), image()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.full
-def test_training_compiles_whole() -> None:
-    model = tiny().train()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    compiled(image()).square().mean().backward()
-    assert model.backbone.stem[0].weight.grad.any()
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_exports_with_any_batch(variant: str) -> None:
-    model, batch = tiny(variant=variant), torch.export.Dim("batch", min=1, max=64)
-    with torch.no_grad():
-        program = torch.export.export(model, (image(),), dynamic_shapes=({0: batch},))
-        for number in (1, 3):
-            found = program.module()(image(number))
-            torch.testing.assert_close(found, model(image(number)), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_autocast(variant: str) -> None:
-    model, x = tiny(variant=variant), image()
-    with torch.no_grad():
-        expected = model(x)
-        with torch.autocast("cpu", torch.bfloat16):
-            found = model(x)
-    assert found.dtype == torch.bfloat16
-    assert (found.float() - expected).abs().max() < 0.05 * expected.abs().max()
-
-
-@pytest.mark.parametrize("decoder", ["classic", "simple"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_state_dict_round_trip(variant: str, decoder: str) -> None:
-    model, other = (tiny(variant=variant, decoder=decoder) for _ in range(2))
-    for tensor in (*other.parameters(), *other.buffers()):
-        tensor.detach().zero_()
-    other.load_state_dict(model.state_dict())
-    with torch.no_grad():
-        torch.testing.assert_close(other(image()), model(image()), rtol=0, atol=0)
 
 
 def test_a_decoder_a_data_set() -> None:

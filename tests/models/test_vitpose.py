@@ -1,4 +1,4 @@
-"""ViTPose as a module: shapes, attention forms, data sets, freezing, training, tracing."""
+"""ViTPose as a module: shapes, attention forms, data sets, freezing, dtypes."""
 
 from __future__ import annotations
 
@@ -213,14 +213,6 @@ def test_drop_path_acts_in_training_alone() -> None:
     assert not torch.equal(model.backbone(x), model.backbone(x))
 
 
-@pytest.mark.parametrize("attention", ["full", "window+shift+pool"])
-def test_every_parameter_learns(attention: str) -> None:
-    model = tiny(attention=attention, patch_stride=8, window=None).train()
-    model(image()).square().mean().backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
-
-
 FROZEN = {
     "attention": r"blocks\.\d\.(attn\.(qkv|proj)|norm1)\.",
     "mlp": r"blocks\.\d\.(mlp\.fc[12]|norm2)\.|patch_embed\.proj\.|pos_embed",
@@ -276,14 +268,6 @@ def test_compiles_into_one_graph_forward_and_backward(attention: str) -> None:
     assert model.backbone.pos_embed.grad is not None
 
 
-@pytest.mark.parametrize("attention", ["full", "window+shift"])
-def test_exports_with_any_batch(attention: str) -> None:
-    model = tiny(attention=attention)
-    batch = torch.export.Dim("batch")
-    program = torch.export.export(model, (image(2),), dynamic_shapes=({0: batch},))
-    torch.testing.assert_close(program.module()(image(5)), model(image(5)))
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_stays_near(dtype: torch.dtype) -> None:
     model = tiny()
@@ -292,10 +276,6 @@ def test_half_precision_stays_near(dtype: torch.dtype) -> None:
     assert found.dtype == dtype
     spread = expected.max() - expected.min()
     assert (found.float() - expected).abs().max() / spread < 16 * torch.finfo(dtype).eps
-
-
-def test_an_empty_batch_gives_empty_heatmaps() -> None:
-    assert tiny()(image(0)).shape == (0, 17, 16, 12)
 
 
 @pytest.mark.parametrize(
