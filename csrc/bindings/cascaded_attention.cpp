@@ -5,6 +5,10 @@
 #include "bind.h"
 #include "cpu/cascaded_attention.h"
 
+#ifdef KERNELPOSE_WITH_CUDA
+#include "cuda/cascaded_attention.h"
+#endif
+
 namespace kernelpose::bindings {
 namespace {
 
@@ -34,6 +38,25 @@ KP_BIND(m) {
                            tensors, shape_of(shape), static_cast<DType>(dtype), threads),
                        "cascaded_attention");
         });
+#ifdef KERNELPOSE_WITH_CUDA
+  m.def("cuda_cascaded_attention_workspace", [](const ShapeTuple& shape, int dtype) {
+    return cuda::cascaded_attention_workspace(shape_of(shape), static_cast<DType>(dtype));
+  });
+  m.def("cuda_cascaded_attention_forward",
+        [](Address x, Address reduce_weight, Address reduce_bias, Address q_weight, Address q_bias,
+           Address kv_weight, Address kv_bias, Address out_weight, Address out_bias,
+           Address norm_weight, Address norm_bias, Address out, Address workspace,
+           const ShapeTuple& shape, int dtype, Address stream) {
+          const py::gil_scoped_release release;
+          const CascadedAttentionTensors tensors = {
+              pointer(x),        pointer(reduce_weight), pointer(reduce_bias), pointer(q_weight),
+              pointer(q_bias),   pointer(kv_weight),     pointer(kv_bias),     pointer(out_weight),
+              pointer(out_bias), pointer(norm_weight),   pointer(norm_bias),   pointer(out)};
+          check_cuda(cuda::cascaded_attention_forward(tensors, pointer(workspace), shape_of(shape),
+                                                      static_cast<DType>(dtype), stream_of(stream)),
+                     "cascaded_attention");
+        });
+#endif
 }
 
 }  // namespace kernelpose::bindings

@@ -42,7 +42,7 @@ def cascaded_attention(
         q = W_q norm(u_i),  (k, v) = W_kv norm(s_i),  o_i = LN(W_out softmax(q kᵀ / sqrt(e)) v)
 
     with e = d / num_heads, the softmax head by head, norm a LayerNorm without weight and bias, and
-    a bias to every product. Neither queries, keys, values nor scores reach memory.
+    a bias to every product. Neither queries nor scores reach memory.
 
     Args:
         x: (B, H, W, C), H and W multiples of R; float32, float16, bfloat16 (or float64 on a CPU). A
@@ -55,8 +55,8 @@ def cascaded_attention(
         norm_weight, norm_bias: (G, d), of the LayerNorm LN.
         num_heads: heads of a group; it divides d.
         eps: of all norms.
-        backend: "cpu" or "eager"; None chooses, see `kernelpose.backend`. The first has no
-            gradient: where one is wanted, None chooses "eager".
+        backend: "cuda", "triton", "cpu" or "eager"; None chooses, see `kernelpose.backend`. Only
+            the last has a gradient: where one is wanted, None chooses "eager".
 
     Returns:
         (B, H, W, C) in x's dtype, [o_1 ... o_G]. Softmax, norms and sums are float32 (float64 for
@@ -149,15 +149,25 @@ def _check(tensors: dict[str, Tensor], num_heads: int, eps: float) -> None:
 
 
 def _run(x: Tensor, *rest: Any) -> Tensor:
-    *parameters, num_heads, eps, _ = rest
+    *parameters, num_heads, eps, backend = rest
     x, *parameters = (t.contiguous() for t in (x, *parameters))
     out = torch.empty_like(x)
     if out.numel() == 0:
         return out
+    if backend == "triton":
+        from kernelpose.triton_kernels import cascaded_attention as kernels
+
+        kernels.forward((x, *parameters), out, num_heads, eps)
+        return out
     groups, width = parameters[3].shape
     shape = (*x.shape[:3], groups, width, num_heads, parameters[0].shape[3], eps)
-    addresses = [_native.address(t) for t in (x, *parameters, out)]
-    _native.call("cascaded_attention_forward", x, *addresses, shape, _native.DTYPE_CODES[x.dtype])
+    code = _native.DTYPE_CODES[x.dtype]
+    tensors, memory = [x, *parameters], []
+    if x.is_cuda:  # its kernels read 16 bytes at once
+        tensors = [t.clone() if t.data_ptr() % 16 else t for t in tensors]
+        memory = [_native.workspace("cascaded_attention", x, shape, code)]
+    addresses = map(_native.address, (*tensors, out, *memory))
+    _native.call("cascaded_attention_forward", x, *addresses, shape, code)
     return out
 
 
@@ -178,6 +188,8 @@ def _objection(backend: str, *inputs: Tensor, num_heads: int, **_: Any) -> str |
     x, q_weight = inputs[0], inputs[3]
     if q_weight.shape[1] > MAX_GROUP_WIDTH:
         return f"its groups have at most {MAX_GROUP_WIDTH} channels, and these {q_weight.shape[1]}"
+    if backend == "cuda" and q_weight.shape[1] % 8:
+        return f"its groups have a multiple of 8 channels, and these {q_weight.shape[1]}"
     if torch.compiler.is_exporting():  # or its dynamic sizes would get upper bounds
         return None
     # (what, how many, below which number)
@@ -185,6 +197,9 @@ def _objection(backend: str, *inputs: Tensor, num_heads: int, **_: Any) -> str |
         ("channels", x.shape[3], 2**24),
         ("places of a map", x.shape[1] * x.shape[2], 2**30),
     ]
+    if backend in ("cuda", "triton"):  # of a grid's 2**31 blocks, and numbers of 32 bits
+        limits.append(("places of all maps", x.shape[0] * x.shape[1] * x.shape[2], 2**31))
+        limits.append(("places that become one", inputs[1].shape[3] ** 2, 2**16))
     for what, count, limit in limits:
         if count >= limit:
             return f"it takes fewer than {limit} {what}, and this has {count}"
@@ -192,7 +207,8 @@ def _objection(backend: str, *inputs: Tensor, num_heads: int, **_: Any) -> str |
 
 
 def _automatic(x: Tensor) -> tuple[str, ...]:
-    return ("cpu",) if x.is_cpu else ()
+    """On a GPU nothing was measured yet; CUDA C++ stands first."""
+    return {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}.get(x.device.type, ())
 
 
 def _example(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -210,7 +226,12 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 register_backends(
     OpSpec(
         name="cascaded_attention",
-        dtypes={"cpu": (*_FLOATS, torch.float64), "eager": (*_FLOATS, torch.float64)},
+        dtypes={
+            "cuda": _FLOATS,
+            "triton": _FLOATS,
+            "cpu": (*_FLOATS, torch.float64),
+            "eager": (*_FLOATS, torch.float64),
+        },
         directions="fwd",
         automatic=_automatic,
         objection=_objection,

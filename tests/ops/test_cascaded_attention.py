@@ -74,7 +74,8 @@ CASES = {
     "b-stage2": Case((32, 24), 4, 64, 2, 4, batch=1),
     "b-stage3": Case((16, 12), 4, 96, 2, 2),
     "b-stage3-square": Case((16, 16), 4, 96, 2, 2, batch=1),
-    "odd": Case((9, 15), 2, 21, 3, 3, batch=3),
+    "odd": Case((9, 15), 2, 24, 3, 3, batch=3),
+    "odd-width": Case((9, 15), 2, 21, 3, 3, batch=3),
     "one-group": Case((6, 5), 1, 8, 1, 1),
     "one-key": Case((5, 5), 2, 24, 1, 5),
     "narrow-heads": Case((4, 4), 2, 8, 8, 2),
@@ -271,6 +272,15 @@ def test_gradient_comes_from_eager() -> None:
         assert choose(case.op, None, *args, **options) == "cpu"
 
 
+def objection(backend: str, case: Case) -> str | None:
+    """Of tensors that take no memory."""
+    x = torch.empty(1, device="meta").expand(case.batch, *case.size, case.groups * case.width)
+    reduce = x.new_empty(1).expand(1, 1, case.ratio, case.ratio)
+    weight = x.new_empty(1).expand(case.groups, case.width, case.width)
+    inputs = [x, reduce, reduce[0, 0, 0], weight]
+    return OPS[case.op].objection(backend, *inputs, num_heads=case.heads)
+
+
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize(
     ("within", "beyond", "text"),
@@ -281,14 +291,21 @@ def test_gradient_comes_from_eager() -> None:
     ],
 )
 def test_no_room_is_an_objection(backend: str, within: Case, beyond: Case, text: str) -> None:
-    def objection(case: Case) -> str | None:
-        x = torch.empty(1, device="meta").expand(1, *case.size, case.groups * case.width)
-        weight = x.new_empty(1).expand(case.groups, case.width, case.width)
-        inputs = [x, x[:1, 0, 0], x[:1, 0, 0], weight]
-        return OPS[case.op].objection(backend, *inputs, num_heads=case.heads)
+    assert objection(backend, within) is None
+    assert text in (objection(backend, beyond) or "")
 
-    assert objection(within) is None
-    assert text in (objection(beyond) or "")
+
+@pytest.mark.parametrize(
+    ("backend", "case", "text"),
+    [
+        ("cuda", Case((4, 4), 2, 12, 2, 2), "a multiple of 8 channels, and these 12"),
+        ("cuda", Case((256, 256), 2, 16, 2, 256), "fewer than 65536 places that become one"),
+        ("triton", Case((256, 256), 2, 12, 2, 256), "fewer than 65536 places that become one"),
+        ("triton", Case((2**15, 2**14), 2, 12, 2, 1, batch=4), "fewer than 2147483648 places of"),
+    ],
+)
+def test_no_room_on_a_gpu_is_an_objection(backend: str, case: Case, text: str) -> None:
+    assert text in (objection(backend, case) or "")
 
 
 @pytest.mark.parametrize("backend", [*KERNELS, "eager"])

@@ -24,6 +24,7 @@ with pytest.MonkeyPatch.context() as patch:
     triton = pytest.importorskip("triton")
     from kernelpose.triton_kernels import (  # noqa: F401  # each op's, decorated here
         add_layer_norm,
+        cascaded_attention,
         channel_fuse,
         crop_normalize,
         decode_heatmap,
