@@ -220,17 +220,14 @@ class Cascade {
     }
   }
 
-  // u of one place, vector by vector: visit(c, values), zeros after the last channel.
-  template <class Visit>
-  void channels_of(int64_t place, int group, const Visit& visit) const {
-    const Element* const x = x_ + place * shape_.channels() + group * width_;
-    const Element* const before = group ? out_ + (x - x_) - width_ : nullptr;
-    for (int64_t c = 0; c < width_; c += n) {
-      const int count = static_cast<int>(width_ - c);
-      Vector<T> u = load_part(x + c, count);
-      if (before) u = rounded<Element>(u + load_part(before + c, count));
-      visit(c, u);
-    }
+  // A vector of u, zeros after the last channel. `before` is what the group before found there.
+  Vector<T> channels(const Element* x, const Element* before, int64_t c) const {
+    const int count = static_cast<int>(width_ - c);
+    const Vector<T> u = load_part(x + c, count);
+    return before ? rounded<Element>(u + load_part(before + c, count)) : u;
+  }
+  const Element* before(const Element* x, int group) const {
+    return group ? out_ + (x - x_) - width_ : nullptr;
   }
 
   // (row - mean) / deviation of width_pad numbers, zeros after the last channel before and after.
@@ -252,23 +249,27 @@ class Cascade {
     const int ratio = shape_.ratio, columns = shape_.width / ratio;
     const T* const taps = parameters_.taps + int64_t{group} * ratio * ratio * width_pad_;
     const T* const bias = parameters_.reduce_bias + group * width_;
+    const int64_t stride = shape_.channels();
     T row[kMostWidth];
     for (int64_t key = int64_t{first} * columns; key < int64_t{end} * columns; ++key) {
-      for (int64_t c = 0; c < width_; c += n) {
-        store(row + c, load_part(bias + c, static_cast<int>(width_ - c)));
-      }
-      const int64_t corner =
-          image * shape_.queries() + key / columns * ratio * shape_.width + key % columns * ratio;
-      for (int r = 0; r < ratio; ++r) {
-        for (int s = 0; s < ratio; ++s) {
-          const T* const tap = taps + (r * ratio + s) * width_pad_;
-          channels_of(corner + r * shape_.width + s, group, [&](int64_t c, Vector<T> u) {
-            store(row + c, load(row + c) + u * load(tap + c));
-          });
-        }
-      }
+      const int64_t corner = key / columns * ratio * shape_.width + key % columns * ratio;
+      const Element* const x = x_ + (image * shape_.queries() + corner) * stride + group * width_;
+      const Element* const found = before(x, group);
       Vector<T> sum = {};
-      for (int64_t c = 0; c < width_pad_; c += n) sum += load(row + c);
+      for (int64_t c = 0; c < width_; c += n) {
+        Vector<T> reduced = load_part(bias + c, static_cast<int>(width_ - c));
+        for (int r = 0; r < ratio; ++r) {
+          const int64_t place = r * shape_.width * stride;
+          const T* const tap = taps + r * ratio * width_pad_ + c;
+          for (int i = 0; i < ratio; ++i) {
+            const int64_t at = place + i * stride;
+            reduced +=
+                channels(x + at, found ? found + at : nullptr, c) * load(tap + i * width_pad_);
+          }
+        }
+        store(row + c, reduced);
+        sum += reduced;
+      }
       normalise(row, sum);
       for (int64_t c = 0; c < width_; ++c) keys.reduced[c * sizes_.keys_pad + key] = row[c];
     }
@@ -338,11 +339,14 @@ class Cascade {
       const int count = static_cast<int>(std::min<int64_t>(kQueries, end * row - query));
       for (int i = 0; i < count; ++i) {
         T* const to = tile.queries + i * stride;
+        const Element* const x = x_ + (start + query + i) * shape_.channels() + group * width_;
+        const Element* const found = before(x, group);
         Vector<T> sum = {};
-        channels_of(start + query + i, group, [&](int64_t c, Vector<T> u) {
+        for (int64_t c = 0; c < width_; c += n) {
+          const Vector<T> u = channels(x, found, c);
           store(to + c, u);
           sum += u;
-        });
+        }
         normalise(to, sum);
         to[width_] = 1;
       }

@@ -49,7 +49,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for branch in (self.dwconv1, self.ffn1, self.attn, self.dwconv2, self.ffn2):
-            x = x + branch(x)
+            y = branch(x)
+            # In place, where no gradient could need what the branch gave: large maps are new pages.
+            x = x + y if torch.is_grad_enabled() else y.add_(x)
         return x
 
 
