@@ -220,9 +220,10 @@ class Cascade {
     }
   }
 
-  // A vector of u, zeros after the last channel. `before` is what the group before found there.
-  Vector<T> channels(const Element* x, const Element* before, int64_t c) const {
-    const int count = static_cast<int>(width_ - c);
+  // A vector of u, zeros after the last of `width` channels. `before` is what the group before
+  // found there.
+  static Vector<T> channels(const Element* x, const Element* before, int64_t c, int64_t width) {
+    const int count = static_cast<int>(width - c);
     const Vector<T> u = load_part(x + c, count);
     return before ? rounded<Element>(u + load_part(before + c, count)) : u;
   }
@@ -230,18 +231,38 @@ class Cascade {
     return group ? out_ + (x - x_) - width_ : nullptr;
   }
 
-  // (row - mean) / deviation of width_pad numbers, zeros after the last channel before and after.
-  void normalise(T* row, Vector<T> sum) const {
-    const T mean = reduce_sum<T>(sum) / T(width_);
-    Vector<T> squares = {};
-    for (int64_t c = 0; c < width_pad_; c += n) {
-      Vector<T> v = load(row + c) - mean;
-      if (c + n > width_) v *= in_last_;
-      store(row + c, v);
-      squares += v * v;
+  // kRows rows, `stride` numbers apart: (row - mean) / deviation, zeros after the last channel
+  // before and after. What is used often is copied, for a store might have changed members.
+  template <int kRows>
+  void normalise(T* rows, int64_t stride, const Vector<T> (&sums)[kRows]) const {
+    const int64_t width = width_, width_pad = width_pad_;
+    const Vector<T> in_last = in_last_;
+    T means[kRows], inverses[kRows];
+    for (int k = 0; k < kRows; ++k) means[k] = reduce_sum<T>(sums[k]) / T(width);
+    Vector<T> squares[kRows] = {};
+    for (int64_t c = 0; c < width_pad; c += n) {
+#pragma GCC unroll 4
+      for (int k = 0; k < kRows; ++k) {
+        Vector<T> v = load(rows + k * stride + c) - means[k];
+        if (c + n > width) v *= in_last;
+        store(rows + k * stride + c, v);
+        squares[k] += v * v;
+      }
     }
-    const T inverse = T(1) / std::sqrt(reduce_sum<T>(squares) / T(width_) + T(shape_.eps));
-    for (int64_t c = 0; c < width_pad_; c += n) store(row + c, load(row + c) * inverse);
+    inverse_deviations(squares, inverses);
+    for (int64_t c = 0; c < width_pad; c += n) {
+#pragma GCC unroll 4
+      for (int k = 0; k < kRows; ++k) {
+        T* const at = rows + k * stride + c;
+        store(at, load(at) * inverses[k]);
+      }
+    }
+  }
+  template <int kRows>
+  void inverse_deviations(const Vector<T> (&squares)[kRows], T (&inverses)[kRows]) const {
+    for (int k = 0; k < kRows; ++k) {
+      inverses[k] = T(1) / std::sqrt(reduce_sum<T>(squares[k]) / T(width_) + T(shape_.eps));
+    }
   }
 
   // Rows [first, end) of the normalised reduced map.
@@ -255,7 +276,7 @@ class Cascade {
       const int64_t corner = key / columns * ratio * shape_.width + key % columns * ratio;
       const Element* const x = x_ + (image * shape_.queries() + corner) * stride + group * width_;
       const Element* const found = before(x, group);
-      Vector<T> sum = {};
+      Vector<T> sum[1] = {};
       for (int64_t c = 0; c < width_; c += n) {
         Vector<T> reduced = load_part(bias + c, static_cast<int>(width_ - c));
         for (int r = 0; r < ratio; ++r) {
@@ -263,14 +284,14 @@ class Cascade {
           const T* const tap = taps + r * ratio * width_pad_ + c;
           for (int i = 0; i < ratio; ++i) {
             const int64_t at = place + i * stride;
-            reduced +=
-                channels(x + at, found ? found + at : nullptr, c) * load(tap + i * width_pad_);
+            reduced += channels(x + at, found ? found + at : nullptr, c, width_) *
+                       load(tap + i * width_pad_);
           }
         }
         store(row + c, reduced);
-        sum += reduced;
+        sum[0] += reduced;
       }
-      normalise(row, sum);
+      normalise(row, 0, sum);
       for (int64_t c = 0; c < width_; ++c) keys.reduced[c * sizes_.keys_pad + key] = row[c];
     }
   }
@@ -337,19 +358,9 @@ class Cascade {
     const int64_t start = image * shape_.queries();
     for (int64_t query = first * row; query < end * row; query += kQueries) {
       const int count = static_cast<int>(std::min<int64_t>(kQueries, end * row - query));
-      for (int i = 0; i < count; ++i) {
-        T* const to = tile.queries + i * stride;
-        const Element* const x = x_ + (start + query + i) * shape_.channels() + group * width_;
-        const Element* const found = before(x, group);
-        Vector<T> sum = {};
-        for (int64_t c = 0; c < width_; c += n) {
-          const Vector<T> u = channels(x, found, c);
-          store(to + c, u);
-          sum += u;
-        }
-        normalise(to, sum);
-        to[width_] = 1;
-      }
+      by_fours(count, [&](int64_t i, auto rows) {
+        read_queries<rows>(start + query + i, group, tile.queries + i * stride, stride);
+      });
       for (int head = 0; head < shape_.heads; ++head) {
         T largest[kQueries], sums[kQueries];
         softmax_weights<T>(count, sizes_, {tile.queries, stride, 1},
@@ -360,25 +371,64 @@ class Cascade {
                  keys.folded_values + head * sizes_.keys * width_pad_, width_pad_, kPanel<T>,
                  tile.out, width_pad_);
       }
-      write(start + query, count, group, tile.out);
+      by_fours(count, [&](int64_t i, auto rows) {
+        write<rows>(start + query + i, group, tile.out + i * width_pad_);
+      });
     }
   }
 
-  // The output's norm of centred rows.
-  void write(int64_t place, int count, int group, const T* rows) const {
-    const T* const weight = parameters_.norm_weight + group * width_;
-    const T* const bias = parameters_.norm_bias + group * width_;
-    Element* to = out_ + place * shape_.channels() + group * width_;
-    for (int i = 0; i < count; ++i, rows += width_pad_, to += shape_.channels()) {
-      Vector<T> squares = {};
-      for (int64_t c = 0; c < width_pad_; c += n) squares += load(rows + c) * load(rows + c);
-      const T inverse = T(1) / std::sqrt(reduce_sum<T>(squares) / T(width_) + T(shape_.eps));
-      for (int64_t c = 0; c < width_; c += n) {
-        const int part = static_cast<int>(width_ - c);
-        store_part(
-            to + c,
-            load(rows + c) * inverse * load_part(weight + c, part) + load_part(bias + c, part),
-            part);
+  // run(i, number of rows) for `count` rows, four together where so many are left.
+  template <class Run>
+  static void by_fours(int count, const Run& run) {
+    int i = 0;
+    for (; i + 4 <= count; i += 4) run(i, std::integral_constant<int, 4>{});
+    for (; i < count; ++i) run(i, std::integral_constant<int, 1>{});
+  }
+
+  // [n 1] of kRows places.
+  template <int kRows>
+  void read_queries(int64_t place, int group, T* rows, int64_t stride) const {
+    const int64_t width = width_, token = shape_.channels();
+    const Element* const x = x_ + place * token + group * width;
+    const Element* const found = before(x, group);
+    Vector<T> sums[kRows] = {};
+    for (int64_t c = 0; c < width; c += n) {
+#pragma GCC unroll 4
+      for (int k = 0; k < kRows; ++k) {
+        const int64_t at = k * token;
+        const Vector<T> u = channels(x + at, found ? found + at : nullptr, c, width);
+        store(rows + k * stride + c, u);
+        sums[k] += u;
+      }
+    }
+    normalise(rows, stride, sums);
+    for (int k = 0; k < kRows; ++k) rows[k * stride + width] = 1;
+  }
+
+  // The output's norm of kRows centred rows.
+  template <int kRows>
+  void write(int64_t place, int group, const T* rows) const {
+    const int64_t width = width_, width_pad = width_pad_, token = shape_.channels();
+    const T* const weight = parameters_.norm_weight + group * width;
+    const T* const bias = parameters_.norm_bias + group * width;
+    Element* const to = out_ + place * token + group * width;
+    Vector<T> squares[kRows] = {};
+    for (int64_t c = 0; c < width_pad; c += n) {
+#pragma GCC unroll 4
+      for (int k = 0; k < kRows; ++k) {
+        const Vector<T> v = load(rows + k * width_pad + c);
+        squares[k] += v * v;
+      }
+    }
+    T inverses[kRows];
+    inverse_deviations(squares, inverses);
+    for (int64_t c = 0; c < width; c += n) {
+      const int count = static_cast<int>(width - c);
+      const Vector<T> scale = load_part(weight + c, count), offset = load_part(bias + c, count);
+#pragma GCC unroll 4
+      for (int k = 0; k < kRows; ++k) {
+        const Vector<T> v = load(rows + k * width_pad + c) * inverses[k];
+        store_part(to + k * token + c, v * scale + offset, count);
       }
     }
   }
