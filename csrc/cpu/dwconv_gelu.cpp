@@ -16,9 +16,11 @@
 namespace kernelpose::cpu::KP_ISA {
 namespace {
 
-constexpr int64_t kMostChannels = 256, kLeastChannels = 64;  // of a task
-constexpr int kRows = 2, kLargestBlock = kRows * 6;          // of a block; its pixels
-constexpr int kRing = kRows + 2;                             // rows that a block reads
+// Of a task: as many as the first level holds with a block and the weights, for what lies together
+// in memory comes sooner.
+constexpr int64_t kMostChannels = 512, kLeastChannels = 64;
+constexpr int kRows = 2, kLargestBlock = kRows * 6;  // of a block; its pixels
+constexpr int kRing = kRows + 2;                     // rows that a block reads
 
 // Channels [first, first + count) of a task; `chunk` is count in whole vectors, at most.
 struct Channels {
@@ -200,9 +202,11 @@ struct Forward {
                         store(z + (r * kPixels + p) * chunk + i, sum);
                       });
       for (int r = 0; r < kBlockRows; ++r) {
+        const int64_t below = std::min(y + r + kRows + 1, shape.height - 1);
         for (int p = 0; p < kPixels; ++p) {
-          activate(z + (r * kPixels + p) * own.chunk, c, c_end, lanes,
-                   out + at + (y + r) * row + (w + p) * stride);
+          const int64_t pixel = at + (w + p) * stride;
+          activate(z + (r * kPixels + p) * own.chunk, c, c_end, lanes, out + pixel + (y + r) * row,
+                   x + pixel + below * row);
         }
       }
     };
@@ -211,11 +215,15 @@ struct Forward {
     }
   }
 
+  // to = GELU(z); meanwhile `next`, which the rows below read, is fetched.
   template <class Lanes>
   [[gnu::noinline]] static void activate(const T* z, int64_t c, int64_t end, const Lanes& lanes,
-                                         Element* to) {
+                                         Element* to, const Element* next) {
     const Gelu<T> gelu;
-    for (; c < end; c += kWidth<T>) lanes.write(to + c, gelu(load(z + c)));
+    for (; c < end; c += kWidth<T>) {
+      __builtin_prefetch(next + c, 0, 2);
+      lanes.write(to + c, gelu(load(z + c)));
+    }
   }
 };
 

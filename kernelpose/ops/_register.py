@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernelpose.backend import device_type
+
 _library = torch.library.Library("kernelpose", "FRAGMENT")
 
 
@@ -69,7 +71,7 @@ def _autocast(op: Callable[..., Any], count: int, device: str, key: str) -> Call
 
 def autocast(tensor: Tensor) -> Tensor:
     """`tensor` in the dtype that autocast would give it: what the backend is to be chosen for."""
-    device = tensor.device.type
+    device = device_type(tensor)
     if device == "meta" or not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(torch.get_autocast_dtype(device))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernelpose import _native
-from kernelpose.backend import OpSpec, choose, core_unasked
+from kernelpose.backend import OpSpec, choose, device_type
 from kernelpose.backend import register as register_backends
 from kernelpose.ops._register import autocast, is_plain, no_second_derivative, register
 from kernelpose.reference.reduced_attention import reduced_attention as reference
@@ -52,23 +52,17 @@ def reduced_attention(
         dtypes. BackendError: the backend asked for cannot run this.
     """
     _check(q, kv, num_heads, scale)
-    given, q = q, autocast(q)
-    if q is not given or kv.dtype != q.dtype:
-        kv = autocast(kv)
+    q, kv = autocast(q), autocast(kv)
     if kv.dtype != q.dtype:
         raise TypeError(f"kv is {kv.dtype}; expected {q.dtype}, as q.")
-    plain = is_plain(q, kv)
-    if plain and backend in (None, "cpu") and core_unasked() and _core_first(q, kv, num_heads):
-        chosen = "cpu"
-    else:
-        chosen = choose("reduced_attention", backend, q, kv, num_heads=num_heads)
+    chosen = choose("reduced_attention", backend, q, kv, num_heads=num_heads)
     if scale is None:
         scale = (q.shape[2] // num_heads) ** -0.5
     if chosen == "eager":
         return reference(q, kv, num_heads, scale)
     if chosen == "torch":
         return _scaled_dot_product(q, kv, num_heads, scale)
-    if plain:
+    if is_plain(q, kv):
         return _forward(q, kv, num_heads, scale, chosen, None)
     out: Tensor = _op(q, kv, num_heads, scale, chosen)[0]
     return out
@@ -232,23 +226,13 @@ def _automatic(q: Tensor) -> tuple[str, ...]:
     forward, and 0.1 to 0.9 backward: ours to train, SDPA to infer. GPU: nothing was measured yet,
     so SDPA stands first.
     """
-    if q.device.type == "cuda":
+    device = device_type(q)
+    if device == "cuda":
         return ("torch", "cuda", "triton")
-    if q.device.type != "cpu":
+    if device != "cpu":
         return ()
     trains = torch.is_grad_enabled() and q.requires_grad
     return ("cpu", "torch") if q.dtype == torch.float32 or trains else ("torch", "cpu")
-
-
-def _core_first(q: Tensor, kv: Tensor, num_heads: int) -> bool:
-    """Whether "cpu" comes first for plain tensors and has no objection: the short answer."""
-    return (
-        q.is_cpu
-        and q.dtype == torch.float32
-        and q.shape[2] <= MAX_HEAD_DIM * num_heads
-        and q.numel() < 2**30
-        and kv.numel() < 2**30
-    )
 
 
 def _example(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
