@@ -143,6 +143,6 @@ def test_gradient_before_the_activation_compiles_within_its_budget() -> None:
             "options": kernels.MASK_OPTIONS,
             "types": dict.fromkeys(("grad_out", "carry", "maps", "grad"), f"*{dtype}"),
         }
-        for dtype, arch, block in itertools.product(("fp32", "fp16"), (80, 90), (16, 1024))
+        for dtype, arch, block in itertools.product(("fp32", "fp16", "bf16"), (80, 90), (16, 1024))
     ]
     _check(variants, 64, 0)
