@@ -199,11 +199,10 @@ def _folded(conv: nn.Conv2d, x: torch.Tensor) -> Fused:
 
 @fused_cost.register
 def _(module: InvertedResidual, x: torch.Tensor) -> Fused:
-    if module.variant == "apple":  # made of ConvNorm
-        return Fused()
-    _, depthwise, last, _ = module.layers()
-    stride = depthwise.conv.stride[0]
-    return _folded(last, x[..., ::stride, ::stride])
+    first, second, third = (conv for conv, _ in module.pairs())
+    stride = second.stride[0]
+    parts = [_folded(first, x), _folded(second, x), _folded(third, x[..., ::stride, ::stride])]
+    return Fused(sum(part.layers for part in parts), sum(part.beside for part in parts))
 
 
 @fused_cost.register

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kernelpose import ops
 from kernelpose.models.pvtv2 import init_weights
 from kernelpose.nn import ConvNorm, MobileViTBlock
-from kernelpose.nn.conv_norm import conv_norm
-from kernelpose.nn.folding import Folder
+from kernelpose.nn.folding import Folder, can_fold
 from kernelpose.nn.mobilevit_block import NORM_NAMES, PATCH
 
 STRIDE = 32  # of the last map
@@ -23,7 +23,8 @@ class InvertedResidual(nn.Module):
 
     A 1x1 convolution, wider by `expansion`, a depthwise 3x3 one, and a 1x1 one, each with a
     BatchNorm; SiLU after the second, in variant "apple" after the first too; added to its input
-    where the shapes allow it. Names are those of the variant's code.
+    where the shapes allow it. In eval mode all of it is `kernelpose.ops.inverted_bottleneck`. Names
+    are those of the variant's code.
     """
 
     def __init__(
@@ -41,23 +42,35 @@ class InvertedResidual(nn.Module):
                 nn.Conv2d(hidden, out_channels, 1, bias=False),
                 nn.BatchNorm2d(out_channels),
             )
-            self._folder = Folder()
         else:
             self.conv1_1x1 = convolution(in_channels, hidden, act=act)
             self.conv2_kxk = convolution(hidden, hidden, 3, stride=stride, groups=hidden, act=act)
             self.conv3_1x1 = convolution(hidden, out_channels)
+        self._folder = Folder()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.variant == "released":
-            expand, depthwise, conv, norm = self.layers()
-            y = conv_norm(depthwise(expand(x)), conv, norm, self._folder)
-        else:
-            y = self.conv3_1x1(self.conv2_kxk(self.conv1_1x1(x)))
+        pairs = self.pairs()
+        if can_fold([norm for _, norm in pairs]):
+            return ops.inverted_bottleneck(
+                x,
+                *(tensor for folded in self._folder(pairs) for tensor in folded),
+                stride=pairs[1][0].stride[0],
+                residual=self.residual,
+                activations=("none" if self.variant == "released" else "silu", "silu"),
+            )
+        y = x
+        for layer in self.conv if self.variant == "released" else self.children():
+            y = layer(y)
         return x + y if self.residual else y
 
-    def layers(self) -> tuple[ConvNorm, ConvNorm, nn.Conv2d, nn.BatchNorm2d]:
-        """Of variant "released"."""
-        return cast("tuple[ConvNorm, ConvNorm, nn.Conv2d, nn.BatchNorm2d]", tuple(self.conv))
+    def pairs(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+        """The convolutions and their norms."""
+        if self.variant == "apple":
+            return [self.conv1_1x1.pair, self.conv2_kxk.pair, self.conv3_1x1.pair]
+        expand, depthwise, conv, norm = self.conv
+        assert isinstance(expand, ConvNorm) and isinstance(depthwise, ConvNorm)
+        assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+        return [expand.pair, depthwise.pair, (conv, norm)]
 
 
 class MobileViT(nn.Module):

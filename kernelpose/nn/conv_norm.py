@@ -55,9 +55,13 @@ class ConvNorm(nn.Module):
         self.act = act
         self._folder = Folder()
 
+    @property
+    def pair(self) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
+        """The convolution and its norm."""
+        return self.conv, cast("nn.BatchNorm2d", self.get_submodule(self._norm_name))
+
     def forward(self, x: Tensor) -> Tensor:
-        norm = cast("nn.BatchNorm2d", self.get_submodule(self._norm_name))
-        y = conv_norm(x, self.conv, norm, self._folder)
+        y = conv_norm(x, *self.pair, self._folder)
         return y if self.act is None else self.act(y)
 
 

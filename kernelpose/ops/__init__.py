@@ -12,6 +12,7 @@ from kernelpose.ops.dwconv_gelu import dwconv_gelu
 from kernelpose.ops.flip_merge import flip_merge
 from kernelpose.ops.grn import grn
 from kernelpose.ops.heatmap_loss import heatmap_loss
+from kernelpose.ops.inverted_bottleneck import inverted_bottleneck
 from kernelpose.ops.multi_granularity import multi_granularity
 from kernelpose.ops.reduced_attention import reduced_attention
 from kernelpose.ops.spatial_gate import spatial_gate
@@ -30,6 +31,7 @@ __all__ = [
     "flip_merge",
     "grn",
     "heatmap_loss",
+    "inverted_bottleneck",
     "multi_granularity",
     "reduced_attention",
     "spatial_gate",
