@@ -60,7 +60,7 @@ struct ParameterSums {
 
   int64_t blocks() const { return (inputs + lanes - 1) / lanes; }
   int64_t vectors() const { return (outputs + n - 1) / n; }
-  int group(int64_t left) const { return std::min<int64_t>(left, kPyramidVectors); }
+  int group(int64_t left) const { return std::min<int64_t>(left, kConvolvedVectors); }
   int64_t of_vector() const { return blocks() * kPyramidTaps * lanes * n; }
   int64_t size() const { return vectors() * (of_vector() + n); }
 
@@ -80,7 +80,7 @@ struct ParameterSums {
             if (together == 1) {
               all_inputs<1>(in, b, grad, v, dy, dx, first, end, to);
             } else {
-              all_inputs<kPyramidVectors>(in, b, grad, v, dy, dx, first, end, to);
+              all_inputs<kConvolvedVectors>(in, b, grad, v, dy, dx, first, end, to);
             }
           }
         }

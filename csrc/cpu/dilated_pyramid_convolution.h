@@ -4,9 +4,9 @@
 
 #include <algorithm>
 
-#include "dilated_pyramid_maps.h"
-#include "dilated_pyramid_winograd.h"
+#include "blocked_map.h"
 #include "kernelpose/dilated_pyramid.h"
+#include "winograd.h"
 
 namespace kernelpose::cpu::KP_ISA {
 
@@ -130,7 +130,7 @@ class Convolution {
   // degrees, for the way back. bias may be nullptr.
   void pack(const T* weight, const T* bias, bool turned, T* to) const {
     for (int64_t v = 0; v < vectors();) {
-      const int64_t together = by_winograd_ ? kPyramidVectors : group(vectors() - v);
+      const int64_t together = by_winograd_ ? kConvolvedVectors : group(vectors() - v);
       const int64_t first = v * n, row = together * n, real = std::min(row, outputs_ - first);
       T* const begin = to;
       std::fill(to, to + row, T(0));
@@ -140,7 +140,7 @@ class Convolution {
         const int64_t count = std::min(lanes_, inputs_ - b);
         // (channel, tap, output)
         alignas(kVectorBytes)
-            T table[kPyramidTaps * std::max(n, kFewChannels) * kPyramidVectors * n] = {};
+            T table[kPyramidTaps * std::max(n, kFewChannels) * kConvolvedVectors * n] = {};
         if (!turned) {
           transpose(weight + (first * inputs_ + b) * kPyramidTaps, real, count * kPyramidTaps,
                     inputs_ * kPyramidTaps, table, row);
@@ -200,7 +200,7 @@ class Convolution {
         } else if (together == 1) {
           row(One{}, Lanes{});
         } else {
-          row(std::integral_constant<int, kPyramidVectors>{}, Lanes{});
+          row(std::integral_constant<int, kConvolvedVectors>{}, Lanes{});
         }
         for (int64_t b = v; b < v + together; ++b) written(b, h);
       }
@@ -213,7 +213,7 @@ class Convolution {
   int64_t vectors() const { return (outputs_ + n - 1) / n; }
   // Vectors that are computed together, out of `left`.
   int group(int64_t left) const {
-    return lanes_ != n || left < kPyramidVectors ? 1 : kPyramidVectors;
+    return lanes_ != n || left < kConvolvedVectors ? 1 : kConvolvedVectors;
   }
 
   int64_t inputs_, outputs_, lanes_, dilation_;

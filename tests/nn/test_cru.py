@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+import kernelpose
+from kernelpose import ops
 from kernelpose.nn import CRU
+from kernelpose.ops import _winograd
 
 
 def _shapes(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
@@ -66,3 +72,135 @@ def test_written_out(options: dict[str, Any], softmax: str) -> None:
 def test_errors_name_the_argument(args: tuple[Any, ...], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         CRU(*args)
+
+
+def _maps(*shape: int, tokens: bool = True) -> Tensor:
+    layout = torch.channels_last if tokens else torch.contiguous_format
+    return torch.randn(*shape).contiguous(memory_format=layout)
+
+
+def check_winograd() -> None:
+    """Both maps that are fused, against float64: groups, shares, maps of odd sizes, of more than a
+    round of tiles, both memory formats."""
+    fused: list[tuple[Tensor, ...]] = []
+    for channels, options, shape in (
+        (256, {}, (16, 12)),
+        (128, {"group_size": 1}, (9, 7)),
+        (512, {"group_size": 4}, (12, 5)),
+        (512, {"alpha": 0.25, "group_size": 2}, (7, 8)),
+        (256, {}, (14, 15)),
+    ):
+        module = CRU(channels, **options).eval()
+        exact = CRU(channels, **options).double()
+        exact.load_state_dict(module.state_dict())
+        for tokens in (True, False):
+            x = _maps(2, channels, *shape, tokens=tokens)
+            fused.clear()
+            with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+                patch.setattr(ops, "channel_fuse", lambda *y, softmax: fused.append(y))
+                assert module._by_winograd(x)
+                module(x)
+                module.train()(x)
+                module.eval()
+                exact(x.double())
+            for got, plain, expected in zip(*fused, strict=True):
+                assert got.is_contiguous(memory_format=torch.channels_last)
+                error, of_plain = ((y - expected).abs().max() for y in (got, plain))
+                assert 0 < error < 4 * of_plain
+
+
+class TestWinograd:
+    """On a CPU in eval mode, in float32, a transform computes GWC and PWC1 together."""
+
+    @pytest.fixture
+    def calls(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """Has an element for each call of the transform."""
+        calls: list[int] = []
+        convolve = _winograd.convolve
+
+        def count(*args: Any) -> Tensor:
+            calls.append(1)
+            return convolve(*args)
+
+        monkeypatch.setattr(_winograd, "convolve", count)
+        return calls
+
+    @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+    def test_every_instruction_set(self, isa: str, run_python: Any) -> None:
+        script = """
+from kernelpose import _native
+from tests.nn.test_cru import check_winograd
+print(_native.core.cpu_isa())
+check_winograd()
+"""
+        if run_python(script, KERNELPOSE_CPU_ISA=isa).strip() != isa:
+            pytest.skip("this machine cannot run it")
+
+    @pytest.mark.parametrize("tokens", [True, False])
+    def test_of_the_module(self, tokens: bool, calls: list[int]) -> None:
+        module, x = CRU(256).eval(), _maps(2, 256, 16, 12, tokens=tokens)
+        before = x.clone()
+        with torch.no_grad():
+            got = module(x)
+            assert len(calls) == 1
+            with kernelpose.backend("cpu"):
+                assert torch.equal(module(x), got)
+            assert len(calls) == 2
+            with kernelpose.backend("eager"):
+                expected = module(x)
+        assert len(calls) == 2
+        assert got.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(x, before)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-8)
+
+    def test_elsewhere_the_convolutions_run(self, calls: list[int]) -> None:
+        module, x = CRU(256).eval(), _maps(2, 256, 16, 12)
+        module(x).sum().backward()
+        with torch.no_grad():
+            module.train()(x)
+            module.eval()(x[:, :, :4, :6])  # too few tiles
+            module(x[:0])
+            CRU(128).eval()(x[:, :128])  # too few channels
+            CRU(256, group_kernel_size=5).eval()(x)
+            with torch.autocast("cpu", torch.bfloat16):
+                module(x)
+            torch.compile(module, fullgraph=True, backend="aot_eager")(x)
+            module.bfloat16()(x.bfloat16())
+            module.double()(x.double())
+        assert not calls
+
+    def test_follows_its_weights(self, calls: list[int]) -> None:
+        module, x = CRU(256).eval(), _maps(1, 256, 16, 12)
+        with torch.no_grad():
+            module(x)
+            for weight in module.parameters():
+                weight.mul_(-2)
+                got = module(x)
+                with kernelpose.backend("eager"):
+                    torch.testing.assert_close(got, module(x), rtol=1e-5, atol=1e-8)
+        assert len(calls) == 7
+
+    def test_the_threads_change_no_bit(self) -> None:
+        module, threads = CRU(256).eval(), torch.get_num_threads()
+        try:
+            for batch in (1, 3):
+                x, results = torch.randn(batch, 14, 12, 64), []
+                ((packed,),) = module._folder([(module.GWC, module.PWC1)])
+                for count in (1, 2, 4):
+                    torch.set_num_threads(count)
+                    results.append(_winograd.convolve(x, packed.detach(), 2))
+                assert torch.equal(results[0], results[1])
+                assert torch.equal(results[0], results[2])
+        finally:
+            torch.set_num_threads(threads)
+
+    def test_copies_and_files_hold_no_transform(self) -> None:
+        module, x = CRU(256).eval(), _maps(1, 256, 16, 12)
+        with torch.no_grad():
+            expected = module(x)
+            file = io.BytesIO()
+            torch.save(module, file)
+            assert file.tell() < 1.1 * sum(p.nbytes for p in module.parameters())
+            file.seek(0)
+            for other in (copy.deepcopy(module), torch.load(file, weights_only=False)):
+                assert torch.equal(other(x), expected)

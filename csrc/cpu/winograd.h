@@ -5,24 +5,28 @@
 
 #include <algorithm>
 
-#include "dilated_pyramid_maps.h"
-#include "kernelpose/dilated_pyramid.h"
+#include "blocked_map.h"
 
 namespace kernelpose::cpu::KP_ISA {
 
 // Vectors of output channels that are computed together: two halve the reads of the map.
-constexpr int kPyramidVectors = kRegisters == 32 ? 2 : 1;
+constexpr int kConvolvedVectors = kRegisters == 32 ? 2 : 1;
 
 template <class T>
 class Winograd {
  public:
   static constexpr int n = kWidth<T>;
-  static constexpr int kVectors = kPyramidVectors, kOutputs = kVectors * n;
+  static constexpr int kVectors = kConvolvedVectors, kOutputs = kVectors * n;
   static constexpr int kPositions = 16;
   static constexpr int kTogether = kRegisters == 32 ? 12 : 10;  // tiles, their sums in registers
   static constexpr int kTiles = 2 * kTogether;  // whose transforms stay near the first level
+  static constexpr int kAhead = 64;             // channels: large weights come from far
 
   int64_t inputs, outputs;
+  // Parts of the channels that are convolved each for itself, of whole vectors of inputs and whole
+  // kOutputs. The four inner positions, which alone the middle tap of a kernel reaches, take all
+  // inputs: a 1x1 convolution of all channels costs nothing else.
+  int64_t parts = 1;
 
   static bool suits(int64_t inputs, int64_t outputs, int64_t dilation, int64_t height,
                     int64_t width) {
@@ -39,8 +43,7 @@ class Winograd {
 
   // The weights of all taps of one channel for kOutputs outputs, `row` numbers of which are given,
   // to their places of each position.
-  void transform_weights(const T* const (&taps)[kPyramidTaps], int64_t row, int64_t channel,
-                         T* group) const {
+  void transform_weights(const T* const (&taps)[9], int64_t row, int64_t channel, T* group) const {
     T* const to = group + kOutputs + channel * kOutputs;
     for (int64_t v = 0; v < row; v += n) {
       Vector<T> half[4][3];
@@ -63,11 +66,13 @@ class Winograd {
       }
     }
   }
-  int64_t group_size() const { return kOutputs + kPositions * inputs * kOutputs; }
+  int64_t group_size() const { return kOutputs + (12 * (inputs / parts) + 4 * inputs) * kOutputs; }
 
-  // Rows [first, end), which begin, and end but for the map's end, at multiples.
-  void run(const BlockedMap<T>& from, int64_t dilation, const T* packed, bool relu,
-           const BlockedMap<T>& to, int64_t first, int64_t end, T* scratch) const {
+  // Rows [first, end), which begin, and end but for the map's end, at multiples. packed: for each
+  // group of kOutputs its bias, and the weights (inputs, kOutputs) of each position.
+  template <class ToMap>
+  void run(const BlockedMap<T>& from, int64_t dilation, const T* packed, bool relu, const ToMap& to,
+           int64_t first, int64_t end, T* scratch) const {
     Tiles tiles = {};
     for (int64_t h = first; h < end; ++h) {
       if (h / dilation % 2 == 1) continue;
@@ -95,21 +100,28 @@ class Winograd {
     return pairs * dilation + std::min(dilation, size - pairs * 2 * dilation);
   }
 
+  template <class ToMap>
   void run_tiles(const BlockedMap<T>& from, int64_t dilation, const T* packed, bool relu,
-                 const BlockedMap<T>& to, const Tiles& tiles, T* scratch) const {
+                 const ToMap& to, const Tiles& tiles, T* scratch) const {
     T* const products = scratch + kPositions * kTiles * round_up(inputs, n);
     for (int64_t b = 0; b < from.blocks(); ++b) {
       for (int64_t t = 0; t < tiles.count; ++t) {
         transform(from, b, tiles.h[t], tiles.w[t], dilation, scratch + (b * kTiles + t) * n);
       }
     }
+    const int64_t own = inputs / parts;
     for (int64_t g = 0; g < groups(); ++g, packed += group_size()) {
+      const int64_t part = g * kOutputs / (outputs / parts);
+      const T* weight = packed + kOutputs;
       for (int64_t position = 0; position < kPositions; ++position) {
+        const bool inner = position / 4 % 3 != 0 && position % 4 % 3 != 0;
+        const int64_t count = inner ? inputs : own;
+        const T* const place =
+            scratch + (position * from.blocks() + (inner ? 0 : part * own / n)) * kTiles * n;
         for (int64_t t = 0; t < tiles.count; t += kTogether) {
-          multiply(scratch + (position * from.blocks() * kTiles + t) * n,
-                   packed + kOutputs + position * inputs * kOutputs,
-                   products + (position * kTiles + t) * kOutputs);
+          multiply(place + t * n, count, weight, products + (position * kTiles + t) * kOutputs);
         }
+        weight += count * kOutputs;
       }
       for (int64_t v = 0; v < std::min<int64_t>(kVectors, to.blocks() - g * kVectors); ++v) {
         for (int64_t t = 0; t < tiles.count; ++t) {
@@ -150,15 +162,18 @@ class Winograd {
     }
   }
 
-  // kTogether tiles times the weights of one position.
-  void multiply(const T* tiles, const T* weight, T* to) const {
+  // kTogether tiles of so many channels times the weights of one position.
+  void multiply(const T* tiles, int64_t channels, const T* weight, T* to) const {
     Vector<T> sum[kTogether][kVectors] = {};
-    for (int64_t first = 0; first < inputs; first += n, tiles += kTiles * n) {
-      const int64_t count = std::min<int64_t>(n, inputs - first);
+    for (int64_t first = 0; first < channels; first += n, tiles += kTiles * n) {
+      const int64_t count = std::min<int64_t>(n, channels - first);
       for (int64_t c = 0; c < count; ++c, weight += kOutputs) {
         Vector<T> outputs[kVectors];
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) outputs[v] = load(weight + v * n);
+        for (int v = 0; v < kVectors; ++v) {
+          outputs[v] = load(weight + v * n);
+          __builtin_prefetch(weight + kAhead * kOutputs + v * n);
+        }
 #pragma GCC unroll 12
         for (int t = 0; t < kTogether; ++t) {
 #pragma GCC unroll 2
@@ -173,8 +188,9 @@ class Winograd {
     }
   }
 
-  void transform_back(const T* products, Vector<T> bias, bool relu, const BlockedMap<T>& to,
-                      int64_t block, int64_t h, int64_t w, int64_t dilation) const {
+  template <class ToMap>
+  void transform_back(const T* products, Vector<T> bias, bool relu, const ToMap& to, int64_t block,
+                      int64_t h, int64_t w, int64_t dilation) const {
     constexpr int64_t kNext = kTiles * kOutputs;
     Vector<T> half[2][4];
 #pragma GCC unroll 4
@@ -191,11 +207,10 @@ class Winograd {
       const Vector<T> left = half[i][0] + half[i][1] + half[i][2] + bias;
       const Vector<T> right = half[i][1] - half[i][2] - half[i][3] + bias;
       if (h + i * dilation >= to.height) break;
-      T* const pixel = to.at(block, h + i * dilation, w);
       // In this order NaN stays.
-      store(pixel, relu ? maximum(zero, left) : left);
+      store(to.at(block, h + i * dilation, w), relu ? maximum(zero, left) : left);
       if (w + dilation < to.width) {
-        store(pixel + dilation * n, relu ? maximum(zero, right) : right);
+        store(to.at(block, h + i * dilation, w + dilation), relu ? maximum(zero, right) : right);
       }
     }
   }
