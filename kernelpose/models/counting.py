@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kernelpose.backend import backend
 from kernelpose.models.mobilevit import InvertedResidual
 from kernelpose.nn import (
     GRN,
@@ -74,7 +75,8 @@ def count(model: nn.Module, image_size: tuple[int, int] = (256, 192), **inputs: 
     training = model.training
     try:
         model.eval()
-        with torch.no_grad():
+        # Eager deconvolutions are modules that the hook sees.
+        with torch.no_grad(), backend("eager"):
             model(
                 torch.zeros(1, 3, *image_size, device=weight.device, dtype=weight.dtype), **inputs
             )

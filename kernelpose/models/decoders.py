@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kernelpose.nn.deconvolution import DeconvNormRelu
+
 
 class ClassicDecoder(nn.Module):
     """Deconvolutions (kernel 4, stride 2) with BatchNorm and ReLU, then a 1x1 convolution.
@@ -36,11 +38,21 @@ class ClassicDecoder(nn.Module):
         # Else maps in channels_last memory make oneDNN arrange these weights anew in every call: of
         # one image and 640 channels that is half the time.
         nn.utils.convert_conv2d_weight_memory_format(self.deconv_layers, torch.channels_last)
+        self._fused = [DeconvNormRelu() for _ in channels]
         self.final_layer = nn.Conv2d(width, num_keypoints, 1)
         _init(self)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        heatmaps: torch.Tensor = self.final_layer(self.deconv_layers(features))
+        layers = tuple(self.deconv_layers)
+        for fused, deconv, norm, relu in zip(
+            self._fused, layers[::3], layers[1::3], layers[2::3], strict=True
+        ):
+            assert isinstance(deconv, nn.ConvTranspose2d) and isinstance(norm, nn.BatchNorm2d)
+            if fused.suits(features, deconv, norm):
+                features = fused(features, deconv, norm)
+            else:
+                features = relu(norm(deconv(features)))
+        heatmaps: torch.Tensor = self.final_layer(features)
         return heatmaps
 
 
