@@ -216,7 +216,7 @@ def forward(inputs: Sequence[Tensor], out: Tensor, num_heads: int, eps: float) -
             place = (group, groups, height, width)
             _cascaded_attention_keys_kernel[(batch * key_tiles,)](
                 *(x, out, reduce_weight, reduce_bias, kv_weight, kv_bias, kv),
-                *(*place, key_tiles, eps),
+                *(*place, key_tiles, float(eps)),
                 RATIO=ratio,
                 D=d,
                 BLOCK_D=block_d(d),
@@ -226,7 +226,7 @@ def forward(inputs: Sequence[Tensor], out: Tensor, num_heads: int, eps: float) -
             )
             _cascaded_attention_queries_kernel[(batch * query_tiles,)](
                 *(x, out, q_weight, q_bias, kv, *last),
-                *(*place, num_heads, keys, query_tiles, head_dim**-0.5, eps),
+                *(*place, num_heads, keys, query_tiles, head_dim**-0.5, float(eps)),
                 D=d,
                 HEAD_DIM=head_dim,
                 BLOCK_D=block_d(d),

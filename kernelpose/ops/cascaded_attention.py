@@ -190,6 +190,9 @@ def _objection(backend: str, *inputs: Tensor, num_heads: int, **_: Any) -> str |
         return f"its groups have at most {MAX_GROUP_WIDTH} channels, and these {q_weight.shape[1]}"
     if backend == "cuda" and q_weight.shape[1] % 8:
         return f"its groups have a multiple of 8 channels, and these {q_weight.shape[1]}"
+    head = q_weight.shape[1] // num_heads
+    if backend == "triton" and x.dtype == torch.float32 and head > 64:  # out of registers
+        return f"its heads have at most 64 channels in float32, and these {head}"
     if torch.compiler.is_exporting():  # or its dynamic sizes would get upper bounds
         return None
     # (what, how many, below which number)

@@ -299,6 +299,7 @@ def test_no_room_is_an_objection(backend: str, within: Case, beyond: Case, text:
     ("backend", "case", "text"),
     [
         ("cuda", Case((4, 4), 2, 12, 2, 2), "a multiple of 8 channels, and these 12"),
+        ("triton", Case((4, 4), 2, 72, 1, 2), "at most 64 channels in float32, and these 72"),
         ("cuda", Case((256, 256), 2, 16, 2, 256), "fewer than 65536 places that become one"),
         ("triton", Case((256, 256), 2, 12, 2, 256), "fewer than 65536 places that become one"),
         ("triton", Case((2**15, 2**14), 2, 12, 2, 1, batch=4), "fewer than 2147483648 places of"),

@@ -21,7 +21,7 @@ from tests.triton.aot import compile_all
 # The interpreter computes bfloat16 wrongly; tests/ops has it where a GPU is.
 DTYPES = [torch.float32, torch.float16]
 EPS = 1e-5
-QUICK_NUMBERS = 10_000  # the interpreter takes seconds for more
+QUICK_NUMBERS, MOST_NUMBERS = 10_000, 200_000  # the interpreter takes seconds, then minutes
 
 
 def _numbers(case: Case) -> int:
@@ -31,7 +31,7 @@ def _numbers(case: Case) -> int:
 NAMES = [
     pytest.param(name, marks=pytest.mark.full if _numbers(case) > QUICK_NUMBERS else ())
     for name, case in CASES.items()
-    if case.batch and block_d(case.width) <= 128
+    if 0 < _numbers(case) <= MOST_NUMBERS
 ]
 
 
@@ -54,14 +54,16 @@ def test_parity(name: str, dtype: torch.dtype, interpreter: None, device: str) -
     assert torch.equal(got, _run(case, inputs))
 
 
-# Width of a group, heads and ratio: HEViTPose's, and the widest; block_d is 16 to 128.
+# Width of a group, heads and ratio: HEViTPose's, and the widest; block_d is 16 to 128. Heads of 128
+# channels are not for float32.
 SHAPES = {
     "t-stage1": (16, 2, 8),
     "s-stage1": (32, 2, 8),
     "b-stage1": (40, 2, 8),
     "b-stage2": (64, 2, 4),
     "b-stage3": (96, 2, 2),
-    "widest": (128, 1, 3),
+    "widest": (128, 2, 3),
+    "widest-heads": (128, 1, 3),
 }
 PARAMETERS = itertools.product(("reduce", "q", "kv", "out", "norm"), ("weight", "bias"))
 POINTERS = ("x", "found", "kv", *("_".join(names) for names in PARAMETERS))
@@ -112,7 +114,13 @@ def test_compiles_within_its_budget() -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [
+        pair
+        for pair in itertools.product(("fp32", "fp16", "bf16"), SHAPES)
+        if pair != ("fp32", "widest-heads")
+    ],
+)
 def test_every_tile_compiles_within_its_budget(dtype: str, shape: str) -> None:
     _check(_variants(dtype, [shape], (80, 90)))
