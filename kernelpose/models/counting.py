@@ -75,7 +75,7 @@ def count(model: nn.Module, image_size: tuple[int, int] = (256, 192), **inputs: 
     training = model.training
     try:
         model.eval()
-        # Eager deconvolutions are modules that the hook sees.
+        # Eager layers are modules that the hook sees.
         with torch.no_grad(), backend("eager"):
             model(
                 torch.zeros(1, 3, *image_size, device=weight.device, dtype=weight.dtype), **inputs

@@ -42,22 +42,29 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.dwconv1 = ConvNorm(dim, dim, 3, groups=dim)
-        self.ffn1 = _ffn(dim, hidden)
+        self.ffn1 = FFN(dim, hidden)
         self.attn = CascadedGroupSRAttention(dim, num_groups, num_heads, sr_ratio)
         self.dwconv2 = ConvNorm(dim, dim, 3, groups=dim)
-        self.ffn2 = _ffn(dim, hidden)
+        self.ffn2 = FFN(dim, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        for branch in (self.dwconv1, self.ffn1, self.attn, self.dwconv2, self.ffn2):
-            y = branch(x)
-            # In place, where no gradient could need what the branch gave: large maps are new pages.
-            x = x + y if torch.is_grad_enabled() else y.add_(x)
-        return x
+        x = self.ffn1(self.dwconv1(x, residual=x))
+        x = self.attn(x, residual=x)
+        y: Tensor = self.ffn2(self.dwconv2(x, residual=x))
+        return y
 
 
-def _ffn(dim: int, hidden: int) -> nn.Module:
-    layers = {"fc1": ConvNorm(dim, hidden, act=nn.ReLU()), "fc2": ConvNorm(hidden, dim)}
-    return nn.Sequential(OrderedDict(layers))
+class FFN(nn.Module):
+    """x + fc2(fc1(x))."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = ConvNorm(dim, hidden, act=nn.ReLU())
+        self.fc2 = ConvNorm(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc2(self.fc1(x), residual=x)
+        return y
 
 
 class HEViT(nn.Module):

@@ -62,7 +62,8 @@ class CascadedGroupSRAttention(nn.Module):
         self.proj = ConvNorm(dim, dim)
         self._folder = Folder(_stacked)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
+        """residual: (B, C, H, W), added to the result."""
         if x.dim() != 4 or x.shape[1] != self.dim or any(s % self.sr_ratio for s in x.shape[2:]):
             raise ValueError(
                 f"x has shape {tuple(x.shape)}; expected (B, {self.dim}, H, W), H and W multiples "
@@ -82,7 +83,7 @@ class CascadedGroupSRAttention(nn.Module):
             joined = ops.cascaded_attention(
                 tokens, *weights, num_heads=groups[0].num_heads, eps=groups[0].norm.eps
             )
-        y: Tensor = self.proj(joined.permute(0, 3, 1, 2))
+        y: Tensor = self.proj(joined.permute(0, 3, 1, 2), residual=residual)
         return y
 
 

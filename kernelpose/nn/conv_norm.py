@@ -8,14 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernelpose.nn.folding import Folder, can_fold
+from kernelpose.nn.folding import Folder, can_fold, fold
+from kernelpose.nn.packed_linear import can_pack, pack, packed_linear
 
 
 class ConvNorm(nn.Module):
     """act(BN(conv(x))): (B, C, H, W) -> (B, out_channels, H / stride, W / stride).
 
     The convolution has no bias and pads with half its kernel. In eval mode the norm is folded into
-    it. Maps in channels_last memory stay so.
+    it, and of a 1x1 convolution on a CPU ReLU and the residual, too. Maps in channels_last memory
+    stay so.
 
     Args:
         in_channels: C.
@@ -25,6 +27,8 @@ class ConvNorm(nn.Module):
         groups: of the convolution, as nn.Conv2d has them; C for a depthwise one.
         act: what follows; nothing by default.
         norm_name: of the norm in the state_dict, beside "conv".
+
+    forward takes a `residual` of the result's shape, too, which is added to it.
     """
 
     def __init__(
@@ -54,15 +58,36 @@ class ConvNorm(nn.Module):
         self._norm_name = norm_name
         self.act = act
         self._folder = Folder()
+        self._packer = Folder(_fold_and_pack)
 
     @property
     def pair(self) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
         """The convolution and its norm."""
         return self.conv, cast("nn.BatchNorm2d", self.get_submodule(self._norm_name))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
+        if self._packs(x) and (residual is None or self._packs(residual, last=True)):
+            ((weight, bias),) = self._packer([self.pair])
+            more = None if residual is None else _tokens(residual)
+            relu = self.act is not None
+            return packed_linear(_tokens(x), weight, bias, relu, more).permute(0, 3, 1, 2)
         y = conv_norm(x, *self.pair, self._folder)
-        return y if self.act is None else self.act(y)
+        if self.act is not None:
+            y = self.act(y)
+        if residual is None:
+            return y
+        # In place, where no gradient could need what was computed: large maps are new pages.
+        return residual + y if torch.is_grad_enabled() else y.add_(residual)
+
+    def _packs(self, x: Tensor, last: bool = False) -> bool:
+        """Whether `packed_linear` can read x; last: whether it may be added to what that gives."""
+        conv, norm = self.pair
+        return (
+            _is_pointwise(conv)
+            and can_fold([norm])
+            and (self.act is None or (type(self.act) is nn.ReLU and not last))
+            and can_pack(_tokens(x), conv.weight)
+        )
 
 
 def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, folder: Folder) -> Tensor:
@@ -77,8 +102,21 @@ def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, folder: Folder) 
     return y
 
 
+def _is_pointwise(conv: nn.Conv2d) -> bool:
+    return conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1
+
+
+def _tokens(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1)
+
+
+def _fold_and_pack(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    weight, bias = fold(conv, norm)
+    return pack(weight.flatten(1)), bias
+
+
 def _convolve(x: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1:
+    if _is_pointwise(conv):
         # A product of tokens: of one image on one thread, torch's convolution would copy them.
-        return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+        return F.linear(_tokens(x), weight.flatten(1), bias).permute(0, 3, 1, 2)
     return F.conv2d(x, weight, bias, conv.stride, conv.padding, groups=conv.groups)
