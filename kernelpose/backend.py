@@ -201,11 +201,6 @@ def choose(op: str, requested: str | None, *inputs: Any, **options: Any) -> str:
     return "eager"
 
 
-def asked() -> str | None:
-    """The backend that the context manager or the environment asks for; None leaves the choice."""
-    return _chosen
-
-
 def core_unasked() -> bool:
     """Whether `choose` gives "cpu" for plain CPU tensors that "cpu" comes first for, has no
     objection to and computes, asking for nothing: the short answer, for calls as quick as it."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernelpose.backend import asked
+from kernelpose.backend import core_unasked
 from kernelpose.ops._register import is_plain
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and all(
@@ -18,7 +18,7 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and all(
 
 
 def can_pack(tokens: Tensor, weight: Tensor) -> bool:
-    """Whether `packed_linear` may run: in inference, untraced, unless "eager" was asked for."""
+    """Whether `packed_linear` may run: in inference, untraced, where no backend is named."""
     return (
         _HAS_ONEDNN
         and is_plain(tokens, weight)
@@ -26,7 +26,7 @@ def can_pack(tokens: Tensor, weight: Tensor) -> bool:
         and tokens.dtype == weight.dtype == torch.float32
         and tokens.is_contiguous()
         and tokens.numel() > 0
-        and asked() != "eager"
+        and core_unasked()
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
     )
