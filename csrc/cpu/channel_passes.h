@@ -16,6 +16,7 @@ namespace kernelpose::cpu::KP_ISA {
 
 constexpr int64_t kChannelBlock = 1024;     // channels that are written together
 constexpr int64_t kTaskElements = 1 << 15;  // fewer are not worth waking a thread for
+constexpr int64_t kAheadBytes = 2048;       // by which memory is asked for before its turn
 
 // run(element) with an element of the type that dtype names.
 template <class Run>
@@ -74,7 +75,11 @@ inline void sum_over_pixels(const Maps& maps, const Element* const (&inputs)[kIn
       int64_t p = 0;
       for (; p + kUnroll * n <= maps.pixels; p += kUnroll * n) {
         for (int u = 0; u < kUnroll; ++u) {
-          accumulate(Vectors(inputs, row + p + u * n).of, own, parts[u]);
+          const int64_t place = row + p + u * n;
+          for (int i = 0; i < kInputs; ++i) {
+            __builtin_prefetch(inputs[i] + place + kAheadBytes / sizeof(Element));
+          }
+          accumulate(Vectors(inputs, place).of, own, parts[u]);
         }
       }
       for (; p + n <= maps.pixels; p += n) accumulate(Vectors(inputs, row + p).of, own, parts[0]);
@@ -152,7 +157,10 @@ inline void scale_channels(const Maps& maps, const Element* const (&inputs)[kInp
   const auto write = [&](int64_t offset, const V(&own)[kFactors]) {
     V results[kOutputs];
     combine(Values<V, kInputs, Element>(inputs, offset).of, own, results);
-    for (int i = 0; i < kOutputs; ++i) store_elements(outputs[i] + offset, results[i]);
+    for (int i = 0; i < kOutputs; ++i) {
+      __builtin_prefetch(outputs[i] + offset + kAheadBytes / sizeof(Element), 1);
+      store_elements(outputs[i] + offset, results[i]);
+    }
   };
   const auto write_one = [&](int64_t offset, int64_t c) {
     T own[kFactors], results[kOutputs];
