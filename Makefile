@@ -15,7 +15,7 @@ ARCH := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/
 export KERNELPOSE_CUDA_ARCHS ?= $(or $(ARCH),90)
 
 # A test file a process, a thread each.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 CXX_FILES := $(shell find csrc tests/emulator -path '*/.build' -prune -o -name '*.h' -print \
   -o -name '*.cuh' -print -o -name '*.cpp' -print -o -name '*.cu' -print)

@@ -22,7 +22,7 @@ import pytest
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
-ARCHS = (pytest.param(80, marks=pytest.mark.full), 90)
+ARCHS = (80, 90)
 
 needs_nvcc = pytest.mark.skipif(
     shutil.which("nvcc") is None or shutil.which("c++filt") is None, reason="nvcc is not installed"
@@ -139,6 +139,7 @@ def compile_report(source: Path, arch: int, folder: Path) -> str:
     return kept.read_text()
 
 
+@pytest.mark.full  # minutes of nvcc
 @needs_nvcc
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
