@@ -77,7 +77,9 @@ class ConvNorm(nn.Module):
         if residual is None:
             return y
         # In place, where no gradient could need what was computed: large maps are new pages.
-        return residual + y if torch.is_grad_enabled() else y.add_(residual)
+        if torch.is_grad_enabled() or torch.result_type(y, residual) != y.dtype:
+            return residual + y
+        return y.add_(residual)
 
     def _packs(self, x: Tensor, last: bool = False) -> bool:
         """Whether `packed_linear` can read x; last: whether it may be added to what that gives."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kernelpose import ops
-from kernelpose.backend import choose
+from kernelpose.backend import core_unasked
 from kernelpose.nn.folding import Folder
 from kernelpose.nn.multi_scale import bias_of
 from kernelpose.ops import _winograd
@@ -19,9 +19,9 @@ class CRU(nn.Module):
     The first alpha of the channels is squeezed and goes through a grouped and a pointwise
     convolution; the rest is squeezed and goes through a pointwise one beside itself. Their channels
     are weighted by `kernelpose.ops.channel_fuse` and added. Constructor and parameters are those of
-    the released MiTPOSE code. In eval mode, where no gradient is wanted and nothing traces, fewer
-    products compute the same on a CPU in float32, of weights that are transformed anew when they
-    have changed, which their `.data` does unseen.
+    the released MiTPOSE code. In eval mode, where no gradient is wanted, nothing traces and no
+    backend is named, fewer products compute the same on a CPU in float32, of weights that are
+    transformed anew when they have changed, which their `.data` does unseen.
 
     Args:
         op_channel: C.
@@ -86,7 +86,7 @@ class CRU(nn.Module):
             and is_plain(x, grouped.weight, grouped.bias, *(layer.weight for layer in pointwise))
             and not torch.is_autocast_enabled("cpu")
             and _winograd.suits(x, grouped.weight, grouped.groups)
-            and choose("channel_fuse", None, x, x) == "cpu"
+            and core_unasked()
         )
 
     def _inferred(self, x: Tensor) -> tuple[Tensor, Tensor]:

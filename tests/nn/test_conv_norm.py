@@ -51,6 +51,18 @@ def test_what_was_folded_goes_stale() -> None:
         assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
 
 
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_the_dtype_of_a_sum_does_not_depend_on_grad_mode(kernel_size: int) -> None:
+    layer, x = ConvNorm(4, 4, kernel_size).eval(), torch.randn(1, 4, 5, 5)
+    for residual in (x, x.bfloat16()):
+        found = []
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
+                found.append(layer(x, residual=residual))
+        assert found[0].dtype == found[1].dtype == residual.dtype
+        assert torch.equal(*found)
+
+
 def pointwise(act: nn.Module | None = None) -> tuple[ConvNorm, Tensor, Tensor]:
     """A 1x1 layer, and maps and a residual for it."""
     torch.manual_seed(0)
