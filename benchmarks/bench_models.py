@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -13,32 +15,44 @@ from torch import Tensor, nn
 
 import kernelpose
 from benchmarks.attention import Case
+from benchmarks.plain import copy_weights
+from benchmarks.plain.hevitpose import HEViTPose
+from benchmarks.plain.hrpvt import HRPVT
+from benchmarks.plain.mobilevitpose import MobileViTPose
 from benchmarks.rows import Function, Row, time_forward
 from benchmarks.setup import compiled, parameters
 from kernelpose.nn import ScConv, WindowAttention
 from kernelpose.pipeline.timing import synchronized
 from tests.parity import assert_parity
 
-Subject = tuple[Callable[[], nn.Module], tuple[int, ...]]  # a model, and its input less the batch
 IMAGE = (3, 256, 192)
 
 
-def _model(name: str, **options: Any) -> Subject:
-    return functools.partial(kernelpose.create_model, name, **options), IMAGE
+@dataclass(frozen=True)
+class Subject:
+    """A model, its input less the batch, and the model in plain PyTorch where ours is not that."""
+
+    ours: Callable[[], nn.Module]
+    shape: tuple[int, ...] = IMAGE
+    plain: Callable[[], nn.Module] | None = None
+
+
+def _model(name: str, plain: Callable[[], nn.Module] | None = None, **options: Any) -> Subject:
+    return Subject(functools.partial(kernelpose.create_model, name, **options), plain=plain)
 
 
 class _Joined(nn.Module):
     """A SimCC model with one tensor of logits for an answer."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = kernelpose.create_model(name)
+        self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
         return torch.cat(self.model(images), 2)
 
 
-WINDOWED = {"patch_stride": 8, "attention": "window+shift"}
+WINDOWED: dict[str, Any] = {"patch_stride": 8, "attention": "window+shift"}
 SUBJECTS: dict[str, tuple[Subject, tuple[int, ...]]] = {
     "vitpose-s": (_model("vitpose-s"), (1,)),
     "vitpose-b": (_model("vitpose-b"), (1,)),
@@ -46,10 +60,15 @@ SUBJECTS: dict[str, tuple[Subject, tuple[int, ...]]] = {
     "vitpose-b 1/8 shifted windows": (_model("vitpose-b", **WINDOWED), (1,)),
     "mitpose-b": (_model("mitpose-b"), (1, 8)),
     "mitpose-b-released": (_model("mitpose-b-released"), (1,)),
-    "hevitpose-b": (_model("hevitpose-b"), (1, 8)),
-    "mobilevitpose-s": (_model("mobilevitpose-s"), (1, 8)),
-    "hrpvt-l": ((functools.partial(_Joined, "hrpvt-l"), IMAGE), (1, 8)),
-    "ScConv 768 tokens": ((functools.partial(ScConv, 768), (16 * 12, 768)), (1, 8)),
+    "hevitpose-b": (_model("hevitpose-b", HEViTPose), (1, 8)),
+    "mobilevitpose-s": (_model("mobilevitpose-s", MobileViTPose), (1, 8)),
+    "hrpvt-l": (
+        Subject(
+            lambda: _Joined(kernelpose.create_model("hrpvt-l")), plain=lambda: _Joined(HRPVT())
+        ),
+        (1, 8),
+    ),
+    "ScConv 768 tokens": (Subject(lambda: ScConv(768), (16 * 12, 768)), (1, 8)),
 }
 
 
@@ -77,16 +96,12 @@ class _PeerAttention:
         return self._made[case](qkv)
 
 
-def _forms(model: nn.Module, compiles: bool) -> dict[str, Function]:
+def _forms(model: nn.Module, plain: nn.Module | None, compiles: bool) -> dict[str, Function]:
     """The contenders. Each compiled form is a function of its own, with a cache of its own."""
     peer = _PeerAttention()
 
     def ours(x: Tensor) -> Tensor:
         return model(x)
-
-    def eager(x: Tensor) -> Tensor:
-        with kernelpose.backend("eager"):
-            return model(x)
 
     def sdpa(x: Tensor) -> Tensor:
         with kernelpose.backend("eager"):  # all but attention, which is the peer's
@@ -99,13 +114,38 @@ def _forms(model: nn.Module, compiles: bool) -> dict[str, Function]:
 
         return run
 
-    attends = any(isinstance(module, WindowAttention) for module in model.modules())
-    others = {"eager": eager} | ({"sdpa": sdpa} if attends else {})
-    forms: dict[str, Function] = {"kernelpose": ours, **others}
+    forms: dict[str, Function] = {"kernelpose": ours}
+    if plain is not None:
+        forms |= _plain_forms(plain)
+    else:
+        forms["eager"] = _eager(model)
+        if any(isinstance(module, WindowAttention) for module in model.modules()):
+            forms["sdpa"] = sdpa
     if compiles:
-        titles = {"kernelpose compile": ours, "compile": eager, "compile sdpa": sdpa}
-        forms |= compiled({name: f for name, f in titles.items() if attends or f is not sdpa})
-    return {name: with_peer(f) if name.endswith("sdpa") else f for name, f in forms.items()}
+        forms |= compiled({f"{name} compile": form for name, form in forms.items()})
+    return {name: with_peer(f) if name.startswith("sdpa") else f for name, f in forms.items()}
+
+
+def _eager(model: nn.Module) -> Function:
+    def eager(x: Tensor) -> Tensor:
+        with kernelpose.backend("eager"):
+            return model(x)
+
+    return eager
+
+
+def _plain_forms(model: nn.Module) -> dict[str, Function]:
+    """In both memory formats: which is the faster is a user's to find out."""
+    other = copy.deepcopy(model)
+    nn.utils.convert_conv2d_weight_memory_format(other, torch.channels_last)
+
+    def contiguous(x: Tensor) -> Tensor:
+        return model(x)
+
+    def channels_last(x: Tensor) -> Tensor:
+        return other(x.contiguous(memory_format=torch.channels_last))
+
+    return {"plain": contiguous, "plain channels_last": channels_last}
 
 
 @pytest.mark.parametrize(("subject", "batch", "dtype"), parameters(SUBJECTS))
@@ -120,23 +160,24 @@ def bench_model(
     request: pytest.FixtureRequest,
 ) -> None:
     torch.manual_seed(0)
-    build, shape = subject
-    model = build().to(device).eval()
-    x = torch.randn(1, *shape, device=device)
+    model = subject.ours().to(device).eval()
+    plain = subject.plain().to(device, dtype).eval() if subject.plain is not None else None
+    if plain is not None:
+        copy_weights(model, plain)
+    x = torch.randn(batch, *subject.shape, device=device)
     with torch.no_grad():
         exact = model.double()(x.double())
         model.to(dtype)
-        forms = _forms(model, compiles)
-        eager = forms["eager"](x.to(dtype))
-        for form in ("kernelpose", "kernelpose compile"):
-            if form in forms:
-                assert_parity(forms[form](x.to(dtype)), eager, exact, form)
+        x = x.to(dtype)
+        eager = _eager(model)(x)
+        forms = _forms(model, plain, compiles)
+        mine = tuple(name for name in forms if name.startswith("kernelpose"))
+        for name in mine:
+            assert_parity(forms[name](x), eager, exact, name)
 
     # One set of inputs: in use too, images follow each other through the same weights, and those
     # and the activations are what fills an L2 cache.
-    x = torch.randn(batch, *shape, device=device, dtype=dtype)
     times = time_forward(forms, [[x]], device)
-    mine = tuple(form for form in forms if form.startswith("kernelpose"))
     # Each side in its better form: the user has the same choice with ours as without.
     chosen = min(mine, key=lambda form: times[form].median)
     row = Row("model", request.node.callspec.id, "forward", str(dtype)[6:], times, mine, chosen)

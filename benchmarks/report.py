@@ -35,13 +35,13 @@ class Report:
         for dtype, limits in self._roof.items():
             gb, gflop = limits["bytes_per_second"] / 1e9, limits["flops_per_second"] / 1e9
             yield f"roof measured in this run, {dtype}: {gb:.1f} GB/s, {gflop:.0f} GFLOP/s"
-        header = f"{'case':44} {'':8} {'ours':>31} {'best other':>25} {'ratio':>6}  of the roof"
+        header = f"{'case':44} {'':8} {'ours':>31} {'best other':>40} {'ratio':>6}  of the roof"
         yield header
         for row in self.rows:
             ours, other = row.times[row.chosen].median, row.times[row.best_other].median
             yield (
                 f"{row.case:44} {row.direction:8} "
-                f"{row.chosen:>19} {ours * 1e3:8.3f} ms {row.best_other:>12} {other * 1e3:8.3f} ms "
+                f"{row.chosen:>19} {ours * 1e3:8.3f} ms {row.best_other:>27} {other * 1e3:8.3f} ms "
                 f"{row.ratio:5.2f}x  {self._of_the_roof(row)}"
             )
 
