@@ -34,7 +34,7 @@ def register(
     fake: the same for tensors without storage.
     autograd: (setup_context, backward) as torch.library.register_autograd takes them.
 
-    autocast: how many of the first arguments, tensors all, are cast to autocast's dtype under
+    autocast: how many of the first arguments, tensors or None, are cast to autocast's dtype under
         autocast. False for an op that computes in float32 whatever it is given.
     """
     qualified = f"kernelpose::{name}"
@@ -57,8 +57,8 @@ def register(
 def _autocast(op: Callable[..., Any], count: int, device: str, key: str) -> Callable[..., Any]:
     excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-    def cast(tensor: Tensor) -> Tensor:
-        if tensor.dtype == torch.float64:
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or tensor.dtype == torch.float64:
             return tensor
         return tensor.to(torch.get_autocast_dtype(device))
 

@@ -1,4 +1,4 @@
-"""Two 1x1 convolutions around a wider map, which never leaves the cache."""
+"""Two 1x1 convolutions around a wider map, which never leaves the chip."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from kernelpose import _native
-from kernelpose.backend import OpSpec, choose, device_type
+from kernelpose.backend import OpSpec, choose
 from kernelpose.backend import register as register_backends
-from kernelpose.ops._register import is_plain, register
+from kernelpose.ops._register import autocast, is_plain, no_autocast, register
 from kernelpose.reference.inverted_bottleneck import ACTIVATIONS
 from kernelpose.reference.inverted_bottleneck import inverted_bottleneck as reference
 
@@ -32,78 +32,93 @@ def inverted_bottleneck(
     backend: str | None = None,
 ) -> Tensor:
     """[x +] project(act2(depthwise(act1(expand(x))))): the inverted residual of MobileNet v2 (arXiv
-    1801.04381), its norms folded, for inference. Of few rows at a time, so that the wide map is
-    neither written to memory nor read.
+    1801.04381), its norms folded, for inference. Of a few rows, or a tile, at a time, so that the
+    wide map is neither written to memory nor read.
 
     Args:
-        x: (B, C, H, W); anything but dense channels_last memory is copied once.
+        x: (B, C, H, W), float32, or on a GPU float16 or bfloat16 too; anything but dense
+            channels_last memory is copied once.
         expand: (hidden, C, 1, 1). depthwise: (hidden, 1, 3, 3), padded with zeros; None leaves it
             and act2 out. project: (outputs, hidden, 1, 1). Their biases have one number an output.
+            All in x's dtype.
         stride: of the depthwise convolution, 1 or 2.
         residual: whether x is added, which takes stride 1 and as many outputs as C.
         activations: act1 and act2, of "none", "relu", "silu".
-        backend: "cpu" or "eager"; None chooses, see `kernelpose.backend`.
+        backend: "triton", "cpu" or "eager"; None chooses, see `kernelpose.backend`. Only the last
+            has a gradient: where one is wanted, None chooses "eager".
 
     Returns:
-        (B, outputs, H / stride, W / stride) rounded up, of "cpu" in channels_last memory. "cpu" is
-        for float32 and has no gradient; without backend, "eager" runs where one is wanted.
+        (B, outputs, H / stride, W / stride) rounded up, in x's dtype, of all but "eager" in
+        channels_last memory. Sums are float32. Under autocast all tensors are cast to its dtype.
 
     Raises:
-        ValueError: a shape, stride or name does not fit. TypeError: no floating-point tensor.
-        BackendError: the backend asked for cannot run this.
+        ValueError: a shape, stride or name does not fit. TypeError: no floating-point tensor, or
+        two dtypes. BackendError: the backend asked for cannot run this.
     """
-    tensors = (x, expand, expand_bias, depthwise, depthwise_bias, project, project_bias)
-    _check(*tensors, stride, residual, activations)
-    chosen = choose("inverted_bottleneck", backend, *tensors)
+    tensors = {
+        "x": x,
+        "expand": expand,
+        "expand_bias": expand_bias,
+        "depthwise": depthwise,
+        "depthwise_bias": depthwise_bias,
+        "project": project,
+        "project_bias": project_bias,
+    }
+    _check(tensors, stride, residual, activations)
+    inputs: list[Any] = [None if t is None else autocast(t) for t in tensors.values()]
+    main: Tensor = inputs[0]
+    for name, tensor in zip(tensors, inputs, strict=True):
+        if tensor is not None and tensor.dtype != main.dtype:
+            raise TypeError(f"{name} is {tensor.dtype}; expected {main.dtype}, as x.")
+    chosen = choose("inverted_bottleneck", backend, *inputs)
     if chosen == "eager":
-        return reference(*tensors, stride, residual, activations)
-    run = _run if is_plain(*tensors) else _op
-    first, second = activations
-    out: Tensor = run(*tensors, stride, residual, first, second)
+        arguments: list[Any] = [*inputs, stride, residual, activations]
+        with no_autocast(main):
+            return reference(*arguments)
+    run = _run if is_plain(*inputs) else _op
+    out: Tensor = run(*inputs, stride, residual, *activations, chosen)
     return out
 
 
 def _check(
-    x: Tensor,
-    expand: Tensor,
-    expand_bias: Tensor,
-    depthwise: Tensor | None,
-    depthwise_bias: Tensor | None,
-    project: Tensor,
-    project_bias: Tensor,
-    stride: int,
-    residual: bool,
-    activations: tuple[str, str],
+    tensors: dict[str, Tensor | None], stride: int, residual: bool, activations: tuple[str, str]
 ) -> None:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        given = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"x is {given}; expected a floating-point tensor.")
+    optional = ("depthwise", "depthwise_bias")
+    for name, tensor in tensors.items():
+        if tensor is None and name in optional:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is {type(tensor).__name__}; expected a tensor.")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} is {tensor.dtype}; expected a floating-point tensor.")
+    x, expand, _, depthwise, _, project, _ = tensors.values()
+    assert x is not None and expand is not None and project is not None
     if x.ndim != 4 or 0 in x.shape[1:]:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected (B, C, H, W), only B maybe 0.")
-    if (depthwise is None) != (depthwise_bias is None):
+    if (depthwise is None) != (tensors["depthwise_bias"] is None):
         raise ValueError("depthwise_bias is given without depthwise or not at all; expected both.")
-    hidden, outputs = expand.shape[0], project.shape[0]
-    for name, tensor, shape in (
-        ("expand", expand, (hidden, x.shape[1], 1, 1)),
-        ("expand_bias", expand_bias, (hidden,)),
-        ("depthwise", depthwise, (hidden, 1, 3, 3)),
-        ("depthwise_bias", depthwise_bias, (hidden,)),
-        ("project", project, (outputs, hidden, 1, 1)),
-        ("project_bias", project_bias, (outputs,)),
-    ):
+    channels, hidden, outputs = x.shape[1], expand.shape[0], project.shape[0]
+    shapes = {
+        "expand": (hidden, channels, 1, 1),
+        "expand_bias": (hidden,),
+        "depthwise": (hidden, 1, 3, 3),
+        "depthwise_bias": (hidden,),
+        "project": (outputs, hidden, 1, 1),
+        "project_bias": (outputs,),
+    }
+    for name, shape in shapes.items():
+        tensor = tensors[name]
         if tensor is None:
             continue
         if tensor.shape != shape or 0 in shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}.")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} is {tensor.dtype}; expected a floating-point tensor.")
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}; expected {x.device}, as x.")
     if stride not in (1, 2) or (stride == 2 and depthwise is None):
         raise ValueError(f"stride is {stride!r}; expected 1, or 2 with depthwise.")
-    if residual and (stride != 1 or outputs != x.shape[1]):
+    if residual and (stride != 1 or outputs != channels):
         raise ValueError(
-            f"residual is True; expected stride 1 and {x.shape[1]} outputs, as x has channels."
+            f"residual is True; expected stride 1 and {channels} outputs, as x has channels."
         )
     if len(activations) != 2 or any(name not in ACTIVATIONS for name in activations):
         raise ValueError(
@@ -111,80 +126,69 @@ def _check(
         )
 
 
-def _run(
-    x: Tensor,
-    expand: Tensor,
-    expand_bias: Tensor,
-    depthwise: Tensor | None,
-    depthwise_bias: Tensor | None,
-    project: Tensor,
-    project_bias: Tensor,
-    stride: int,
-    residual: bool,
-    first: str,
-    second: str,
-) -> Tensor:
-    out = _output(x, expand, expand_bias, depthwise, depthwise_bias, project, project_bias, stride)
+def _run(x: Tensor, *rest: Any) -> Tensor:
+    *weights, stride, residual, first, second, backend = rest
+    out = _output(x, *rest)
     if out.numel() == 0:
         return out
     x = x.permute(0, 2, 3, 1).contiguous()
-    weights = [
-        None if t is None else t.contiguous()
-        for t in (expand, expand_bias, depthwise, depthwise_bias, project, project_bias)
-    ]
+    weights = [None if t is None else t.contiguous() for t in weights]
+    if backend == "triton":
+        from kernelpose.triton_kernels import inverted_bottleneck as kernels
+
+        kernels.forward(x, weights, out.permute(0, 2, 3, 1), stride, residual, (first, second))
+        return out
     _native.call(
         "inverted_bottleneck",
         x,
         x.data_ptr(),
         [_native.address(t) for t in weights],
         out.data_ptr(),
-        (*x.shape, expand.shape[0], project.shape[0], stride),
+        (*x.shape, weights[0].shape[0], out.shape[1], stride),
         residual,
         [_CODES[first], _CODES[second]],
     )
     return out
 
 
-def _output(
-    x: Tensor,
-    expand: Tensor,
-    expand_bias: Tensor,
-    depthwise: Tensor | None,
-    depthwise_bias: Tensor | None,
-    project: Tensor,
-    project_bias: Tensor,
-    stride: int,
-    *_: Any,
-) -> Tensor:
-    batch, _channels, height, width = x.shape
-    sides = ((side + stride - 1) // stride for side in (height, width))
-    return x.new_empty(batch, *sides, project.shape[0]).permute(0, 3, 1, 2)
+def _output(x: Tensor, *rest: Any) -> Tensor:
+    project, stride = rest[4], rest[6]
+    sides = ((side + stride - 1) // stride for side in x.shape[2:])
+    return x.new_empty(x.shape[0], *sides, project.shape[0]).permute(0, 3, 1, 2)
 
 
 _op = register(
     "inverted_bottleneck",
     "(Tensor x, Tensor expand, Tensor expand_bias, Tensor? depthwise, Tensor? depthwise_bias, "
-    "Tensor project, Tensor project_bias, SymInt stride, bool residual, str first, str second) "
-    "-> Tensor",
+    "Tensor project, Tensor project_bias, int stride, bool residual, str first, str second, "
+    "str backend) -> Tensor",
     _run,
     _output,
-    autocast=False,
+    autocast=7,
 )
 
 
-def _objection(backend: str, *tensors: Tensor | None, **_: Any) -> str | None:
-    given = [tensor for tensor in tensors if tensor is not None]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
-        return "it has no gradient"
-    if any(tensor.dtype != torch.float32 for tensor in given):
-        return "it takes float32 alone"
-    if device_type(given[0]) != "meta" and torch.is_autocast_enabled(device_type(given[0])):
-        return "it computes float32, and autocast asks for less"
+def _objection(backend: str, *inputs: Tensor | None, **_: Any) -> str | None:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return "it has no gradient, and an input requires one"
+    if backend == "cpu" or torch.compiler.is_exporting():  # or sizes would get an upper bound
+        return None
+    x, expand, *_rest, project, _bias = inputs
+    assert x is not None and expand is not None and project is not None
+    outputs, pixels = project.shape[0], x.shape[2] * x.shape[3]
+    for what, count in (  # a grid's blocks, and numbers of 32 bits
+        ("elements of an image", pixels * max(x.shape[1], outputs)),
+        ("elements of a weight", expand.shape[0] * max(x.shape[1], outputs)),
+        ("pixels of all images", x.shape[0] * pixels),
+    ):
+        if count >= 2**31:
+            return f"it takes fewer than {2**31} {what}, and this has {count}"
     return None
 
 
 def _automatic(x: Tensor) -> tuple[str, ...]:
-    return ("cpu",) if device_type(x) == "cpu" else ()
+    """On a GPU nothing was measured yet."""
+    return {"cuda": ("triton",), "cpu": ("cpu",)}.get(x.device.type, ())
 
 
 def _example(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -194,12 +198,15 @@ def _example(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...],
     return tuple(tensors), {"residual": True}
 
 
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
 register_backends(
     OpSpec(
         name="inverted_bottleneck",
         dtypes={
+            "triton": _FLOATS,
             "cpu": (torch.float32,),
-            "eager": (torch.float32, torch.float16, torch.bfloat16, torch.float64),
+            "eager": (*_FLOATS, torch.float64),
         },
         directions="fwd",
         automatic=_automatic,

@@ -25,8 +25,8 @@ def inverted_bottleneck(
     y = first(_pointwise(x, expand, expand_bias))
     if depthwise is not None:
         channels = depthwise.shape[0]
-        y = F.conv2d(y, depthwise, depthwise_bias, stride, 1, groups=channels)
-    y = _pointwise(second(y), project, project_bias)
+        y = second(F.conv2d(y, depthwise, depthwise_bias, stride, 1, groups=channels))
+    y = _pointwise(y, project, project_bias)
     return x + y if residual else y
 
 

@@ -35,6 +35,7 @@ with pytest.MonkeyPatch.context() as patch:
         flip_merge,
         grn,
         heatmap_loss,
+        inverted_bottleneck,
         multi_granularity,
         multi_granularity_backward,
         reduced_attention,
