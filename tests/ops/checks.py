@@ -36,10 +36,13 @@ def parity_matrix(cases: Mapping[str, Case]) -> list[Any]:
     matrix = []
     for name, case in cases.items():
         spec = OPS[case.op]
+        drawn: dict[torch.dtype, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         for backend, dtypes in spec.dtypes.items():
-            for dtype in dtypes:
-                args, options = case.arguments(case.inputs(dtype, "meta"))
-                if backend == "eager" or spec.objection(backend, *args, **options):
+            for dtype in dtypes if backend != "eager" else ():
+                if dtype not in drawn:
+                    drawn[dtype] = case.arguments(case.inputs(dtype, "meta"))
+                args, options = drawn[dtype]
+                if spec.objection(backend, *args, **options):
                     continue
                 label = f"{name}-{backend}-{str(dtype).removeprefix('torch.')}"
                 matrix.append(pytest.param(case, backend, dtype, id=label))
@@ -189,28 +192,6 @@ def check_deterministic(case: Case, backend: str) -> None:
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-def check_instruction_set(
-    isa: str, module: str, run_python: Callable[..., str], check: str = "check_parity"
-) -> None:
-    """Parity of the CPU build for one instruction set, on all CASES of a test module, in a process
-    of its own; skips where this machine cannot run it."""
-    script = f"""
-import torch
-from kernelpose import _native
-from tests.ops import checks
-from {module} import CASES
-print(_native.core.cpu_isa())
-for case in CASES.values():
-    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        checks.{check}(case, "cpu", dtype)
-print("done")
-"""
-    lines = run_python(script, KERNELPOSE_CPU_ISA=isa).split()
-    if lines[0] != isa:
-        pytest.skip(f"this machine runs {lines[0]} at best")
-    assert lines[-1] == "done"
 
 
 def check_compile(function: Callable[..., Any], *args: Any, compiler: str = "aot_eager") -> None:

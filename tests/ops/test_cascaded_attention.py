@@ -355,10 +355,3 @@ def test_errors_name_the_argument(name: str, value: Any, error: type[Exception],
     with pytest.raises(error, match=text) as caught:
         cascaded_attention(**arguments)
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa: str, run_python: Any) -> None:
-    checks.check_instruction_set(
-        isa, "tests.ops.test_cascaded_attention", run_python, "check_forward_parity"
-    )

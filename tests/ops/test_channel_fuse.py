@@ -244,8 +244,3 @@ def test_errors_name_the_argument(
     with pytest.raises(error, match=text) as caught:
         channel_fuse(y1, y2, **options)
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa: str, run_python: Any) -> None:
-    checks.check_instruction_set(isa, "tests.ops.test_channel_fuse", run_python)

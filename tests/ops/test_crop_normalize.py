@@ -370,26 +370,6 @@ def test_autocast_and_inference_mode_change_nothing() -> None:
         assert torch.equal(a, b) and torch.equal(a, c)
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa: str, run_python: Any) -> None:
-    script = """
-import torch
-from kernelpose import _native
-from tests.ops import test_crop_normalize as tests
-if _native.core.cpu_isa() == "ISA":
-    for name in tests.CASES:
-        for dtype in tests.DTYPES:
-            case = tests.CASES[name]
-            got, expected = (case.run(b, dtype=dtype) for b in ("cpu", "eager"))
-            tests.check(got, expected, dtype, case.options.get("std", tests.IMAGENET_STD))
-    print("passed")
-else:
-    print("absent")
-""".replace("ISA", isa)
-    if run_python(script, KERNELPOSE_CPU_ISA=isa).strip() == "absent":
-        pytest.skip(f"this machine has no {isa}")
-
-
 IMAGE, BOX, FIRST = noise(9, 9, 3), torch.tensor([[1.0, 1.0, 5.0, 5.0]]), torch.tensor([0])
 
 

@@ -300,26 +300,6 @@ def test_same_whatever_the_threads() -> None:
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa: str, run_python: Any) -> None:
-    """The same parity in a process of its own for each build of the CPU kernels."""
-    script = """
-import torch
-from kernelpose import _native
-from tests.ops.test_decode_heatmap import CASES, check_parity, test_special_maps
-print(_native.core.cpu_isa())
-for name in CASES:
-    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        check_parity(CASES[name], "cpu", dtype)
-    test_special_maps(CASES[name].mode, "cpu")
-print("done")
-"""
-    lines = run_python(script, KERNELPOSE_CPU_ISA=isa).split()
-    if lines[0] != isa:
-        pytest.skip(f"this machine runs {lines[0]} at best")
-    assert lines[-1] == "done"
-
-
 def test_reaching_the_image() -> None:
     """The corners of the map are those of the crop: centres of pixels under UDP, else cells."""
     maps = torch.zeros(1, 2, 8, 6)

@@ -351,10 +351,3 @@ def test_errors_name_the_argument(wrong: dict[str, Any], error: type[Exception],
     with pytest.raises(error, match=text) as caught:
         dilated_pyramid(**GOOD | wrong)
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
-
-
-@pytest.mark.parametrize(
-    "isa", [pytest.param("baseline", marks=pytest.mark.full), "avx2", "avx512"]
-)
-def test_every_instruction_set(isa: str, run_python: Any) -> None:
-    checks.check_instruction_set(isa, "tests.ops.test_dilated_pyramid", run_python)

@@ -337,8 +337,3 @@ def test_errors_name_the_argument(
     with pytest.raises(error, match=text) as caught:
         dual_gate(*args, **options)
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa: str, run_python: Any) -> None:
-    checks.check_instruction_set(isa, "tests.ops.test_dual_gate", run_python)

@@ -261,23 +261,3 @@ def test_errors_name_the_argument(
     with pytest.raises(error, match=text) as caught:
         flip_merge(heatmaps, flipped, pairs)
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa: str, run_python: Any) -> None:
-    """The same parity in a process of its own for each build of the CPU kernels."""
-    script = """
-import torch
-from kernelpose import _native
-from tests.ops import checks
-from tests.ops.test_flip_merge import CASES
-print(_native.core.cpu_isa())
-for case in CASES.values():
-    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        checks.check_forward_parity(case, "cpu", dtype)
-print("done")
-"""
-    lines = run_python(script, KERNELPOSE_CPU_ISA=isa).split()
-    if lines[0] != isa:
-        pytest.skip(f"this machine runs {lines[0]} at best")
-    assert lines[-1] == "done"

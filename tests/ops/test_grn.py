@@ -284,7 +284,8 @@ def test_errors_name_the_argument(
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
 
 
-def check_rounding(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_types_are_rounded_to_nearest_even(dtype: torch.dtype) -> None:
     """Of a map of zeros beta is left, rounded to nearest, halves to even, and NaN stays NaN."""
     upper = torch.arange(-(2**31), 2**31, 2**16)
     bits = torch.cat([upper + lower for lower in (0, 0x1000, 0x7FFF, 0x8000, 0x8001, 0xFFFF)])
@@ -293,25 +294,6 @@ def check_rounding(dtype: torch.dtype) -> None:
     out = grn(x, torch.zeros_like(beta), beta, backend="cpu")
     expected = beta.to(dtype).view(1, -1, 1, 1).expand_as(out)
     torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_half_types_are_rounded_to_nearest_even(isa: str, run_python: Any) -> None:
-    script = """
-import torch
-from kernelpose import _native
-from tests.ops.test_grn import check_rounding
-print(_native.core.cpu_isa())
-check_rounding(torch.float16)
-check_rounding(torch.bfloat16)
-"""
-    if run_python(script, KERNELPOSE_CPU_ISA=isa).strip() != isa:
-        pytest.skip("this machine cannot run it")
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa: str, run_python: Any) -> None:
-    checks.check_instruction_set(isa, "tests.ops.test_grn", run_python)
 
 
 class TestModule:

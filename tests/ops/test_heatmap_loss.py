@@ -400,23 +400,3 @@ def test_no_room_is_an_objection(
             reasons.append(OPS["heatmap_loss"].objection(backend, pred, POINTS, VISIBLE))
         assert reasons[0] is None
         assert reasons[1] is not None and f" {what}, and this has " in reasons[1]
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa: str, run_python: Any) -> None:
-    """The same parity in a process of its own for each build of the CPU kernels."""
-    script = """
-import torch
-from kernelpose import _native
-from tests.ops import checks
-from tests.ops.test_heatmap_loss import CASES
-print(_native.core.cpu_isa())
-for name in ("udp", "unbiased", "odd", "odd-msra", "odd-unbiased", "one-pixel"):
-    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        checks.check_parity(CASES[name], "cpu", dtype)
-print("done")
-"""
-    lines = run_python(script, KERNELPOSE_CPU_ISA=isa).split()
-    if lines[0] != isa:
-        pytest.skip(f"this machine runs {lines[0]} at best")
-    assert lines[-1] == "done"

@@ -327,8 +327,3 @@ def test_errors_name_the_argument(wrong: dict[str, Any], error: type[Exception],
     with pytest.raises(error, match=text) as caught:
         multi_granularity(**GOOD | wrong)
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa: str, run_python: Any) -> None:
-    checks.check_instruction_set(isa, "tests.ops.test_multi_granularity", run_python)

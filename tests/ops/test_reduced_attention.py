@@ -319,8 +319,3 @@ def test_errors_name_the_argument(
     with pytest.raises(error, match=text) as caught:
         reduced_attention(q, kv, **{"num_heads": 2, **options})
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa: str, run_python: Any) -> None:
-    checks.check_instruction_set(isa, "tests.ops.test_reduced_attention", run_python)

@@ -393,8 +393,3 @@ def test_weights_without_a_sum_are_not_a_number() -> None:
     x = CASES["small"].inputs(torch.float32)[0].detach()
     for backend in ("cpu", "eager"):
         assert spatial_gate(x, EIGHT, EIGHT, groups=4, backend=backend).isnan().all()
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa: str, run_python: Any) -> None:
-    checks.check_instruction_set(isa, "tests.ops.test_spatial_gate", run_python)
