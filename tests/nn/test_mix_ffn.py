@@ -52,7 +52,8 @@ def calls(function: Any) -> tuple[Tensor, int]:
     return found, sum(each.args[0] == "mix_ffn" for each in call.call_args_list)
 
 
-def check_parity(name: str) -> None:
+@pytest.mark.parametrize("name", CASES)
+def test_parity(name: str, poisoned: None) -> None:
     mlp, x, size = case(name)
     with torch.no_grad():
         eager = layer_by_layer(mlp, x, size)
@@ -61,11 +62,6 @@ def check_parity(name: str) -> None:
         assert ran == (x.numel() > 0)
         assert_parity(found, eager, exact)
         assert torch.equal(mlp(F.pad(x, (1, 0))[..., 1:], size), found)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_parity(name: str, poisoned: None) -> None:
-    check_parity(name)
 
 
 @pytest.mark.parametrize("batch", [0, 2])
@@ -147,19 +143,3 @@ def test_nan_reaches_what_it_reaches_layer_by_layer() -> None:
             bad = x.clone()
             bad[1, token, 3] = torch.nan
             assert torch.equal(mlp(bad, size).isnan(), layer_by_layer(mlp, bad, size).isnan())
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa: str, run_python: Any) -> None:
-    script = """
-from kernelpose import _native
-from tests.nn.test_mix_ffn import CASES, check_parity
-print(_native.core.cpu_isa())
-for name in CASES:
-    check_parity(name)
-print("done")
-"""
-    lines = run_python(script, KERNELPOSE_CPU_ISA=isa).split()
-    if lines[0] != isa:
-        pytest.skip(f"this machine runs {lines[0]} at best")
-    assert lines[-1] == "done"
