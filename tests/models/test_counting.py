@@ -29,6 +29,20 @@ MODELS = {
     ("vitpose-l", "simple"): (303.453, 58.614, None, 60.426),
     ("vitpose-h", "simple"): (631.108, 121.586, None, 124.606),
 }
+# (name, input): the same
+OF_INPUTS = {
+    ("mitpose-b", (256, 192)): (90.000, 17.391, 17.425, 18.070),
+    ("mitpose-l", (256, 192)): (315.364, 60.284, 60.375, 62.096),
+    ("mitpose-h", (256, 192)): (654.035, 124.710, 124.862, 127.730),
+    ("hrpvt-l", (256, 192)): (25.198, 5.584, 5.635, 5.721),
+    ("hrpvt-l", (384, 288)): (25.301, 12.566, 12.680, 13.259),
+    ("hrpvt-m", (256, 192)): (21.025, 4.547, 4.579, 4.620),
+    ("hrpvt-s", (256, 192)): (5.349, 1.302, 1.320, 1.339),
+    ("mobilevitpose-s", (256, 256)): (9.718, 3.249, 3.284, 3.287),
+    ("mobilevitpose-s", (256, 192)): (9.718, 2.437, 2.463, 2.458),
+    ("mobilevitpose-xxs", (256, 256)): (4.424, 1.769, 1.783, 1.807),
+    ("mobilevitpose-xxs", (256, 192)): (4.424, 1.327, 1.337, 1.348),
+}
 ENCODERS = {
     "vitpose-b": (85.795, 16.421, 16.444, 17.100),
     "vitpose-l": (303.297, 58.133, 58.195, 59.945),
@@ -55,6 +69,14 @@ def test_model_costs_what_the_specification_counts(name: str, decoder: str) -> N
     assert billion(counted.layers) == layers
     assert hooked is None or billion(counted.hooked) == hooked
     assert billion(counted.all) == every
+
+
+@pytest.mark.parametrize(("name", "size"), OF_INPUTS)
+def test_input_costs_what_the_specification_counts(name: str, size: tuple[int, int]) -> None:
+    with torch.device("meta"):
+        counted = count(create_model(name, image_size=size), size)
+    found = (million(counted.parameters), *map(billion, (counted.layers, counted.hooked)))
+    assert (*found, billion(counted.all)) == OF_INPUTS[name, size]
 
 
 @pytest.mark.parametrize("name", ENCODERS)
