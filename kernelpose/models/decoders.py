@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kernelpose.nn.deconvolution import DeconvNormRelu
+from kernelpose.nn.untouched import unhooked
 
 
 class ClassicDecoder(nn.Module):
@@ -43,16 +44,16 @@ class ClassicDecoder(nn.Module):
         _init(self)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        layers = tuple(self.deconv_layers)
-        for fused, deconv, norm, relu in zip(
-            self._fused, layers[::3], layers[1::3], layers[2::3], strict=True
-        ):
-            assert isinstance(deconv, nn.ConvTranspose2d) and isinstance(norm, nn.BatchNorm2d)
-            if fused.suits(features, deconv, norm):
-                features = fused(features, deconv, norm)
-            else:
-                features = relu(norm(deconv(features)))
-        heatmaps: torch.Tensor = self.final_layer(features)
+        if not unhooked(self.deconv_layers):
+            maps = self.deconv_layers(features)
+        else:
+            layers, maps = tuple(self.deconv_layers), features
+            for fused, deconv, norm, relu in zip(
+                self._fused, layers[::3], layers[1::3], layers[2::3], strict=True
+            ):
+                whole = fused.suits(maps, deconv, norm, relu)
+                maps = fused(maps, deconv, norm) if whole else relu(norm(deconv(maps)))
+        heatmaps: torch.Tensor = self.final_layer(maps)
         return heatmaps
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from kernelpose import ops
 from kernelpose.models.pvtv2 import init_weights
 from kernelpose.nn import ConvNorm, MobileViTBlock
 from kernelpose.nn.folding import Folder, can_fold
 from kernelpose.nn.mobilevit_block import NORM_NAMES, PATCH
+from kernelpose.nn.untouched import unhooked, untouched
 
 STRIDE = 32  # of the last map
+_AROUND_LAYERS = frozenset((ConvNorm, nn.Sequential, nn.SiLU))  # of an inverted residual
 
 
 class InvertedResidual(nn.Module):
@@ -49,8 +52,8 @@ class InvertedResidual(nn.Module):
         self._folder = Folder()
 
     def forward(self, x: Tensor) -> Tensor:
-        pairs = self.pairs()
-        if can_fold([norm for _, norm in pairs]):
+        if self._is_one_op():
+            pairs = self.pairs()
             return ops.inverted_bottleneck(
                 x,
                 *(tensor for folded in self._folder(pairs) for tensor in folded),
@@ -58,19 +61,25 @@ class InvertedResidual(nn.Module):
                 residual=self.residual,
                 activations=("none" if self.variant == "released" else "silu", "silu"),
             )
-        y = x
-        for layer in self.conv if self.variant == "released" else self.children():
-            y = layer(y)
+        if self.variant == "released":
+            y: Tensor = self.conv(x)
+        else:
+            y = self.conv3_1x1(self.conv2_kxk(self.conv1_1x1(x)))
         return x + y if self.residual else y
 
     def pairs(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
         """The convolutions and their norms."""
         if self.variant == "apple":
             return [self.conv1_1x1.pair, self.conv2_kxk.pair, self.conv3_1x1.pair]
-        expand, depthwise, conv, norm = self.conv
-        assert isinstance(expand, ConvNorm) and isinstance(depthwise, ConvNorm)
-        assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+        expand, depthwise, conv, norm = cast("Any", self.conv)
         return [expand.pair, depthwise.pair, (conv, norm)]
+
+    def _is_one_op(self) -> bool:
+        modules = list(self.modules())[1:]
+        return all(
+            unhooked(module) if type(module) in _AROUND_LAYERS else untouched(module)
+            for module in modules
+        ) and can_fold([module for module in modules if isinstance(module, _BatchNorm)])
 
 
 class MobileViT(nn.Module):

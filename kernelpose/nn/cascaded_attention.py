@@ -12,6 +12,7 @@ from kernelpose import ops
 from kernelpose.nn.add_layer_norm import AddLayerNorm
 from kernelpose.nn.conv_norm import ConvNorm
 from kernelpose.nn.folding import Folder, fold_affine
+from kernelpose.nn.untouched import unhooked, untouched
 
 
 class CascadedGroupSRAttention(nn.Module):
@@ -28,8 +29,9 @@ class CascadedGroupSRAttention(nn.Module):
     that is done once, and what differs between them is folded into W_k and W_v, which is exact.
 
     What stands before the last projection is `kernelpose.ops.cascaded_attention`; where a gradient
-    is wanted, the layers one by one. Maps in channels_last memory are never transposed, and the
-    result is in it. Under `kernelpose.backend("eager")` plain PyTorch computes the same.
+    is wanted, or a layer is not `untouched`, the layers one by one. Maps in channels_last memory
+    are never transposed, and the result is in it. Under `kernelpose.backend("eager")` plain PyTorch
+    computes the same.
 
     Args:
         dim: C.
@@ -71,15 +73,17 @@ class CascadedGroupSRAttention(nn.Module):
             )
         tokens = x.permute(0, 2, 3, 1)
         groups = cast("list[_Group]", list(self.groups))
-        if torch.is_grad_enabled() and (
+        layers = [layer for group in groups for layer in group.children()]
+        wants_gradient = torch.is_grad_enabled() and (
             x.requires_grad or any(weight.requires_grad for weight in self.groups.parameters())
-        ):
+        )
+        if wants_gradient or not (untouched(*layers) and unhooked(*groups)):
             found: list[Tensor] = []
             for group, part in zip(groups, tokens.chunk(len(groups), -1), strict=True):
                 found.append(group(part, found[-1] if found else None))
             joined = torch.cat(found, -1)
         else:
-            (weights,) = self._folder([[layer for group in groups for layer in group.children()]])
+            (weights,) = self._folder([layers])
             joined = ops.cascaded_attention(
                 tokens, *weights, num_heads=groups[0].num_heads, eps=groups[0].norm.eps
             )
@@ -104,8 +108,12 @@ class _Group(nn.Module):
         size = x.shape[1:3]
         u, normed = self.norm_q(x.contiguous(), before)
         reduced = self.sr(u.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)
-        reduced = F.layer_norm(reduced, reduced.shape[2:], eps=self.norm_k.eps)
-        kv = F.linear(reduced, *_keys_and_values(self.norm_k, self.k, self.norm_v, self.v))
+        layers = (self.norm_k, self.k, self.norm_v, self.v)
+        if untouched(*layers):
+            reduced = F.layer_norm(reduced, reduced.shape[2:], eps=self.norm_k.eps)
+            kv = F.linear(reduced, *_keys_and_values(*layers))
+        else:
+            kv = torch.cat((self.k(self.norm_k(reduced)), self.v(self.norm_v(reduced))), -1)
         q = self.q(normed.flatten(1, 2))
         y = self.proj(ops.reduced_attention(q, kv, num_heads=self.num_heads))
         found: Tensor = self.norm(y).unflatten(1, size)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kernelpose.nn.folding import Folder, can_fold, fold
 from kernelpose.nn.packed_linear import can_pack, pack, packed_linear
+from kernelpose.nn.untouched import unhooked, untouched
 
 
 class ConvNorm(nn.Module):
@@ -84,10 +85,12 @@ class ConvNorm(nn.Module):
     def _packs(self, x: Tensor, last: bool = False) -> bool:
         """Whether `packed_linear` can read x; last: whether it may be added to what that gives."""
         conv, norm = self.pair
+        act = self.act
         return (
-            _is_pointwise(conv)
+            untouched(conv, norm)
+            and _is_pointwise(conv)
             and can_fold([norm])
-            and (self.act is None or (type(self.act) is nn.ReLU and not last))
+            and (act is None or (type(act) is nn.ReLU and unhooked(act) and not last))
             and can_pack(_tokens(x), conv.weight)
         )
 
@@ -97,10 +100,13 @@ def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, folder: Folder) 
 
     folder: keeps that convolution's weight and bias.
     """
-    if can_fold([norm]):
+    if not untouched(conv, norm):
+        y: Tensor = norm(conv(x))
+    elif can_fold([norm]):
         ((weight, bias),) = folder([(conv, norm)])
-        return _convolve(x, conv, weight, bias)
-    y: Tensor = norm(_convolve(x, conv, conv.weight, None))
+        y = _convolve(x, conv, weight, bias)
+    else:
+        y = norm(_convolve(x, conv, conv.weight, None))
     return y
 
 

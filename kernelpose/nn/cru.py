@@ -9,6 +9,7 @@ from kernelpose import ops
 from kernelpose.backend import core_unasked
 from kernelpose.nn.folding import Folder
 from kernelpose.nn.multi_scale import bias_of
+from kernelpose.nn.untouched import untouched
 from kernelpose.ops import _winograd
 from kernelpose.ops._register import is_plain
 
@@ -83,6 +84,7 @@ class CRU(nn.Module):
         grouped, pointwise = self.GWC, (self.squeeze1, self.squeeze2, self.PWC1, self.PWC2)
         return (
             not self.training
+            and untouched(grouped, *pointwise)
             and is_plain(x, grouped.weight, grouped.bias, *(layer.weight for layer in pointwise))
             and not torch.is_autocast_enabled("cpu")
             and _winograd.suits(x, grouped.weight, grouped.groups)

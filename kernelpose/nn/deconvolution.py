@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from kernelpose import _native
 from kernelpose.backend import core_unasked
 from kernelpose.nn.folding import Folder, can_fold, fold
+from kernelpose.nn.untouched import unhooked, untouched
 from kernelpose.ops._register import is_plain
 
 
@@ -22,8 +24,11 @@ class DeconvNormRelu:
     def __init__(self) -> None:
         self._folder = Folder(_pack)
 
-    def suits(self, x: Tensor, deconv: nn.ConvTranspose2d, norm: nn.BatchNorm2d) -> bool:
+    def suits(self, x: Tensor, deconv: nn.Module, norm: nn.Module, relu: nn.Module) -> bool:
         """Whether that is so; deconv is of kernel 4, stride 2, padding 1, one group and no bias."""
+        if not (untouched(deconv, norm) and type(relu) is nn.ReLU and unhooked(relu)):
+            return False
+        assert isinstance(deconv, nn.ConvTranspose2d) and isinstance(norm, _BatchNorm)
         tensors = (x, deconv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var)
         return (
             is_plain(*tensors)
@@ -35,7 +40,7 @@ class DeconvNormRelu:
             and x.shape[1] == deconv.in_channels
         )
 
-    def __call__(self, x: Tensor, deconv: nn.ConvTranspose2d, norm: nn.BatchNorm2d) -> Tensor:
+    def __call__(self, x: Tensor, deconv: nn.Module, norm: nn.Module) -> Tensor:
         ((packed, bias),) = self._folder([(deconv, norm)])
         x = x.permute(0, 2, 3, 1).contiguous()
         batch, height, width, _ = x.shape

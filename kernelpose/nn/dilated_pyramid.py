@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kernelpose import ops
 from kernelpose.nn.folding import Folder, Pair, can_fold
+from kernelpose.nn.untouched import untouched
 
 
 class DilatedPyramid(nn.Module):
@@ -18,7 +19,8 @@ class DilatedPyramid(nn.Module):
     Concatenated (B, n * width, h, w), or added up (B, width, h, w). Dilations that share no divisor
     (1, 2, 5) leave no hole in what a map has seen ("Understanding Convolution for Semantic
     Segmentation"). In eval mode the norms are folded into the convolutions and
-    `kernelpose.ops.dilated_pyramid` runs; live norms take the modules one by one.
+    `kernelpose.ops.dilated_pyramid` runs; live norms, and layers that are not `untouched`, take the
+    modules one by one.
 
     Args:
         in_channels: C.
@@ -62,7 +64,7 @@ class DilatedPyramid(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         pairs = self.pairs()
-        if can_fold([norm for _, norm in pairs]):
+        if untouched(*self.convs, *self.norms) and can_fold([norm for _, norm in pairs]):
             folded = self._folder(pairs)
             return ops.dilated_pyramid(
                 x,

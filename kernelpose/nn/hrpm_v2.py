@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kernelpose.nn.dilated_pyramid import DilatedPyramid
 from kernelpose.nn.folding import Folder, Pair, can_fold
+from kernelpose.nn.untouched import untouched
 
 
 class HRPMv2(nn.Module):
@@ -43,8 +44,8 @@ class HRPMv2(nn.Module):
 
     def forward(self, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
         maps = x.unflatten(1, feat_size).permute(0, 3, 1, 2)
-        if can_fold([self.up_norm, self.down_norm]):
-            pairs: list[Pair] = [(self.up, self.up_norm), (self.down, self.down_norm)]
+        pairs: list[Pair] = [(self.up, self.up_norm), (self.down, self.down_norm)]
+        if all(untouched(*pair) for pair in pairs) and can_fold([norm for _, norm in pairs]):
             (up, up_bias), (down, down_bias) = self._folder(pairs)
             large = F.conv_transpose2d(maps, up, up_bias, stride=2, padding=1)
             y = F.conv2d(self.pyramid(F.relu_(large)), down, down_bias, stride=2, padding=1)

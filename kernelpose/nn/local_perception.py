@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from kernelpose import ops
 from kernelpose.nn.multi_scale import ChannelAttention, SpatialAttention, bias_of
+from kernelpose.nn.untouched import unhooked, untouched
+from kernelpose.reference.multi_granularity import in_groups
 
 
 class LocalPerception(nn.Module):
@@ -40,13 +42,20 @@ class LocalPerception(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         branches = (self.conv_7x7, self.conv_5x5, self.conv_3x3)
-        y = ops.multi_granularity(
-            x,
-            [branch.weight for branch in branches],
-            [bias_of(branch) for branch in branches],
-            self.conv_1x1_final1.weight,
-            bias_of(self.conv_1x1_final1),
-            groups=self.groups,
-        )
-        weights = (self.CA.fc1.weight, self.CA.fc2.weight, self.SA.conv1.weight)
-        return ops.dual_gate(y, *weights)
+        mix = self.conv_1x1_final1
+        if untouched(*branches, mix):
+            y = ops.multi_granularity(
+                x,
+                [branch.weight for branch in branches],
+                [bias_of(branch) for branch in branches],
+                mix.weight,
+                bias_of(mix),
+                groups=self.groups,
+            )
+        else:
+            y = mix(in_groups([branch(x) for branch in branches], self.groups)) + x
+        gates = (self.CA.fc1, self.CA.fc2, self.SA.conv1)
+        if untouched(*gates) and unhooked(self.CA, self.SA):
+            return ops.dual_gate(y, *(gate.weight for gate in gates))
+        gated: Tensor = (self.CA(y) + self.SA(y)) * y
+        return gated

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernelpose import ops
 from kernelpose.nn.multi_scale import bias_of
 from kernelpose.nn.packed_mix_ffn import PackedMixFFN
+from kernelpose.nn.untouched import untouched
 
 
 class MixFFN(nn.Module):
@@ -38,9 +40,14 @@ class MixFFN(nn.Module):
 
     def forward(self, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
         layers = (self.fc1, self.dwconv, self.fc2)
-        if self._packed.suits(x, *layers, feat_size):
+        if untouched(*layers) and self._packed.suits(x, *layers, feat_size):
             return self._packed(x, *layers, feat_size)
-        bias = bias_of(self.dwconv)
-        hidden = ops.dwconv_gelu(self.fc1(x), self.dwconv.weight, bias, size=feat_size)
+        hidden: Tensor = self.fc1(x)
+        if untouched(self.dwconv):
+            bias = bias_of(self.dwconv)
+            hidden = ops.dwconv_gelu(hidden, self.dwconv.weight, bias, size=feat_size)
+        else:
+            maps = self.dwconv(hidden.transpose(1, 2).unflatten(2, feat_size))
+            hidden = F.gelu(maps).flatten(2).transpose(1, 2)
         y: Tensor = self.fc2(hidden)
         return y

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernelpose.nn.untouched import untouched
 from kernelpose.ops._register import is_plain, no_autocast
 
 
@@ -98,13 +99,14 @@ class MultiScaleModule(nn.Module):
         return self._of_maps(maps).flatten(2).transpose(1, 2)
 
     def _of_maps(self, x: Tensor) -> Tensor:
-        if not self.training and is_plain(x, *self.parameters()):
+        branches = (self.conv_7x7, self.conv_5x5, self.conv_3x3)
+        linear = (self.conv_1x1_init, *branches, self.conv_1x1_final1)
+        if not self.training and untouched(*linear) and is_plain(x, *self.parameters()):
             weight, bias = self.fold((x.shape[2], x.shape[3]))
             y = F.conv2d(x, weight, padding=3) + bias + x
         else:
             first = self.conv_1x1_init(x)
-            branches = (self.conv_7x7(first), self.conv_5x5(first), self.conv_3x3(first))
-            y = self.conv_1x1_final1(torch.cat(branches, 1)) + x
+            y = self.conv_1x1_final1(torch.cat([branch(first) for branch in branches], 1)) + x
         gated = torch.cat((self.CA(y) * y, self.SA(y) * y), 1)
         out: Tensor = self.conv_1x1_final2(gated) + y
         return out

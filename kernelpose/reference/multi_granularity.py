@@ -23,9 +23,12 @@ def multi_granularity(
         F.conv2d(x, w.to(x.dtype), b.to(x.dtype), padding=w.shape[-1] // 2, groups=x.shape[1])
         for w, b in zip(weights, biases, strict=True)
     ]
-    # The mix takes group by group, and in each the branches one after the other.
-    grouped = torch.stack([branch.unflatten(1, (groups, -1)) for branch in branches], 2)
-    mix = F.conv2d(
-        grouped.flatten(1, 3), mix_weight.to(x.dtype), mix_bias.to(x.dtype), groups=groups
-    )
+    grouped = in_groups(branches, groups)
+    mix = F.conv2d(grouped, mix_weight.to(x.dtype), mix_bias.to(x.dtype), groups=groups)
     return mix + x
+
+
+def in_groups(branches: Sequence[Tensor], groups: int) -> Tensor:
+    """Branches (B, C, H, W) -> the channels of all as the mix takes them: group by group, and in
+    each the branches one after the other."""
+    return torch.stack([branch.unflatten(1, (groups, -1)) for branch in branches], 2).flatten(1, 3)

@@ -13,10 +13,15 @@ def spatial_gate(
     features = x.to(torch.promote_types(x.dtype, torch.float32))
     weight, bias = weight.to(features.dtype), bias.to(features.dtype)
     normalized = torch.group_norm(features, groups, weight, bias, eps)
+    return reconstruct(features, normalized, weight, threshold).to(x.dtype)
+
+
+def reconstruct(x: Tensor, normalized: Tensor, weight: Tensor, threshold: float) -> Tensor:
+    """The gate of x (B, C, H, W) by its normalised form, and the cross reconstruction."""
     share = (weight / weight.sum()).reshape(1, -1, 1, 1)
     gate = torch.sigmoid(share * normalized)
     informative = gate > threshold
-    weak = gate * features
-    kept = torch.where(informative, features, weak)
+    weak = gate * x
+    kept = torch.where(informative, x, weak)
     rest = torch.where(informative, 0, weak)
-    return (kept + torch.cat(rest.chunk(2, 1)[::-1], 1)).to(x.dtype)
+    return kept + torch.cat(rest.chunk(2, 1)[::-1], 1)

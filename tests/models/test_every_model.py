@@ -185,6 +185,21 @@ def test_every_parameter_of_a_thin_model_learns(thin: Made) -> None:
     thin.model.load_state_dict(state)  # the norms' statistics
 
 
+def test_a_hook_on_any_layer_of_a_thin_model_sees_it_called(thin: Made) -> None:
+    layers = {n: m for n, m in thin.model.named_modules() if n and not list(m.children())}
+    called: set[str] = set()
+    handles = [
+        layer.register_forward_hook(lambda *_, name=name: called.add(name))
+        for name, layer in layers.items()
+    ]
+    with torch.no_grad():
+        expected = thin.model(thin.images(1))
+        for handle in handles:
+            handle.remove()
+        assert called == set(layers)
+        assert_near(thin.model(thin.images(1)), expected, 1e-5)
+
+
 def test_a_thin_model_comes_back_from_a_file(thin: Made) -> None:
     comes_back(thin)
 

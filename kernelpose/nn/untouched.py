@@ -1,0 +1,44 @@
+"""Whether a kernel may read the parameters of layers instead of calling them."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from kernelpose.nn.add_layer_norm import AddLayerNorm
+
+_STOCK = frozenset(
+    (
+        AddLayerNorm,
+        nn.BatchNorm2d,
+        nn.Conv2d,
+        nn.ConvTranspose2d,
+        nn.GroupNorm,
+        nn.LayerNorm,
+        nn.Linear,
+        nn.SyncBatchNorm,
+    )
+)
+
+
+def untouched(*layers: nn.Module) -> bool:
+    """Whether calling these layers does no more than their classes do with their own parameters.
+
+    Not so where another class stands in the place of a layer (adapters, quantised layers,
+    parametrizations), where a hook is registered (pruning, weight norm, whoever looks at what a
+    layer gives), or where `forward` was replaced (offloading).
+    """
+    return all(type(layer) in _STOCK and "weight" in layer._parameters for layer in layers) and (
+        unhooked(*layers)
+    )
+
+
+def unhooked(*modules: nn.Module) -> bool:
+    """Whether calling these modules calls nothing but the forward of their classes."""
+    return not any(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        for module in modules
+    )
