@@ -55,7 +55,7 @@ def test_parity(name: str, poisoned: None) -> None:
         eager = one_by_one(x, deconv, norm)
         exact = one_by_one(x.double(), copy.deepcopy(deconv).double(), copy.deepcopy(norm).double())
         fused = DeconvNormRelu()
-        assert fused.suits(x, deconv, norm)
+        assert fused.suits(x, deconv, norm, nn.ReLU())
         found = fused(x, deconv, norm)
         assert_parity(found, eager, exact)
         assert found.is_contiguous(memory_format=torch.channels_last)

@@ -47,7 +47,7 @@ SUBJECTS: dict[str, Subject] = {
     "HRPMv2": (lambda: HRPMv2(64), TOKENS, (SIZE,)),
     "LocalPerception": (lambda: LocalPerception(64), MAPS, ()),
     "MixFFN": (lambda: MixFFN(64, 96), TOKENS, (SIZE,)),
-    "MixFFN in strips": (lambda: MixFFN(8, 8192), (2, 192, 8), ((16, 12),)),
+    "MixFFN of another width": (lambda: MixFFN(24, 96), (2, 48, 24), (SIZE,)),
     "MobileViTBlock": (lambda: MobileViTBlock(64, 32, 48, 1, 96), MAPS, ()),
     "MultiScaleModule": (lambda: MultiScaleModule(64, 64), MAPS, ()),
     "SRAttention": (lambda: SRAttention(64, 2, 2), TOKENS, (SIZE,)),
