@@ -22,6 +22,7 @@ from kernelpose.models.pvtv2 import init_weights
 from kernelpose.models.vitpose import is_pair
 from kernelpose.models.zoo import register
 from kernelpose.nn import CascadedGroupSRAttention, ConvNorm
+from kernelpose.nn.depthwise_ffn import DepthwiseFFN
 
 SIZES: dict[str, dict[str, Any]] = {
     "hevitpose-t": {"embed_dims": (64, 128, 192), "depths": (1, 4, 4)},
@@ -46,12 +47,12 @@ class Block(nn.Module):
         self.attn = CascadedGroupSRAttention(dim, num_groups, num_heads, sr_ratio)
         self.dwconv2 = ConvNorm(dim, dim, 3, groups=dim)
         self.ffn2 = FFN(dim, hidden)
+        self._fused = DepthwiseFFN(), DepthwiseFFN()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.ffn1(self.dwconv1(x, residual=x))
+        x = _half(x, self.dwconv1, self.ffn1, self._fused[0])
         x = self.attn(x, residual=x)
-        y: Tensor = self.ffn2(self.dwconv2(x, residual=x))
-        return y
+        return _half(x, self.dwconv2, self.ffn2, self._fused[1])
 
 
 class FFN(nn.Module):
@@ -65,6 +66,14 @@ class FFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.fc2(self.fc1(x), residual=x)
         return y
+
+
+def _half(x: Tensor, dwconv: ConvNorm, ffn: FFN, fused: DepthwiseFFN) -> Tensor:
+    pairs = dwconv.pair, ffn.fc1.pair, ffn.fc2.pair
+    if fused.suits(x, pairs):
+        return fused(x, pairs)
+    y: Tensor = ffn(dwconv(x, residual=x))
+    return y
 
 
 class HEViT(nn.Module):

@@ -1,0 +1,66 @@
+"""Half a block of HEViTPose, a depthwise convolution and a feed-forward network, as one call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernelpose import _native
+from kernelpose.backend import core_unasked
+from kernelpose.nn.folding import Folder, Pair, can_fold, fold
+from kernelpose.ops._register import is_plain
+
+_MULTIPLE = 32  # what channels and hidden width are divided by, on any CPU
+
+
+class DepthwiseFFN:
+    """y = x + BN(depthwise(x)); y + BN(project(relu(BN(expand(y))))) of maps (B, C, H, W).
+
+    For inference: in float32 on a CPU, where neither a gradient nor a graph is wanted and no
+    backend is named. The depthwise convolution is 3x3 of stride 1, the others 1x1, none with a
+    bias. Nothing between x and the result is written to memory. The norms are folded, and the
+    weights, arranged as the core reads them, are kept until a tensor changes.
+    """
+
+    def __init__(self) -> None:
+        self._folder = Folder(_pack)
+
+    def suits(self, x: Tensor, pairs: tuple[Pair, Pair, Pair]) -> bool:
+        """Whether that is so; pairs: the three convolutions, each with its norm."""
+        channels, hidden = pairs[0][0].in_channels, pairs[1][0].out_channels
+        weights = [conv.weight for conv, _ in pairs]
+        return (
+            is_plain(x, *weights)
+            and core_unasked()
+            and x.is_cpu
+            and x.dtype == torch.float32
+            and all(weight.is_cpu and weight.dtype == torch.float32 for weight in weights)
+            and can_fold([norm for _, norm in pairs])
+            and not torch.is_autocast_enabled("cpu")
+            and channels % _MULTIPLE == hidden % _MULTIPLE == 0
+            and x.ndim == 4
+            and x.shape[1] == channels
+        )
+
+    def __call__(self, x: Tensor, pairs: tuple[Pair, Pair, Pair]) -> Tensor:
+        ((packed,),) = self._folder([[layer for pair in pairs for layer in pair]])
+        x = x.permute(0, 2, 3, 1).contiguous()
+        out = x.new_empty(x.shape)
+        if out.numel():
+            addresses = [t.data_ptr() for t in (x, packed, out)]
+            sizes = (*x.shape, pairs[1][0].out_channels)
+            _native.call("depthwise_ffn", x, *addresses, sizes)
+        return out.permute(0, 3, 1, 2)
+
+
+def _pack(*layers: Any) -> tuple[Tensor]:
+    """What the core reads, from the three convolutions and their norms in turns."""
+    depthwise, *pointwise = (fold(*pair) for pair in zip(layers[::2], layers[1::2], strict=True))
+    assert _native.core is not None
+    panel = _native.core.cpu_depthwise_ffn_panel()
+    parts = [depthwise[0].flatten(1).t(), depthwise[1]]
+    for weight, bias in pointwise:
+        parts += [weight.view(-1, panel, weight.shape[1]).transpose(1, 2), bias]
+    return (torch.cat([part.flatten() for part in parts]),)

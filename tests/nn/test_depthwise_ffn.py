@@ -1,0 +1,168 @@
+"""Half a block of HEViTPose in one call: equal to the layers, and when it runs."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kernelpose
+from kernelpose import _native
+from kernelpose.models.hevitpose import Block
+from kernelpose.nn.depthwise_ffn import DepthwiseFFN
+from tests.parity import assert_parity
+
+# (batch, C, hidden, (h, w))
+CASES = {
+    "one-pixel": (1, 32, 64, (1, 1)),
+    "one-row": (2, 32, 32, (1, 9)),
+    "one-column": (1, 64, 32, (7, 1)),
+    "narrow": (3, 32, 96, (5, 3)),
+    "many-pixels": (2, 96, 64, (13, 17)),
+    "wide": (1, 160, 320, (16, 12)),
+    "batch-0": (0, 32, 64, (4, 6)),
+}
+
+
+def block(channels: int, hidden: int) -> Block:
+    torch.manual_seed(0)
+    made = Block(channels, 4, 2, 1, hidden).eval()
+    for module in made.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None and module.running_var is not None
+            for tensor in (module.weight, module.running_var):
+                nn.init.uniform_(tensor, 0.5, 2.0)
+            for tensor in (module.bias, module.running_mean):
+                nn.init.normal_(tensor)
+    return made
+
+
+def pairs(made: Block) -> Any:
+    return made.dwconv1.pair, made.ffn1.fc1.pair, made.ffn1.fc2.pair
+
+
+def one_by_one(x: Tensor, made: Block) -> Tensor:
+    (depthwise, norm), (expand, norm1), (project, norm2) = pairs(made)
+    y = x + norm(depthwise(x))
+    return y + norm2(project(norm1(expand(y)).relu()))
+
+
+def check_parity(name: str) -> None:
+    batch, channels, hidden, size = CASES[name]
+    made = block(channels, hidden)
+    x = torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(1))
+    before = x.clone()
+    with torch.no_grad():
+        eager = one_by_one(x, made)
+        exact = one_by_one(x.double(), copy.deepcopy(made).double())
+        fused = DepthwiseFFN()
+        assert fused.suits(x, pairs(made))
+        found = fused(x, pairs(made))
+        assert_parity(found, eager, exact)
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        padded = nn.functional.pad(x, (1, 0))[..., 1:]
+        for same in (x.contiguous(memory_format=torch.channels_last), padded):
+            assert torch.equal(fused(same, pairs(made)), found)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_parity(name: str, poisoned: None) -> None:
+    check_parity(name)
+
+
+def test_deterministic_whatever_the_threads() -> None:
+    made = block(64, 96)
+    x, before = torch.randn(3, 64, 13, 17), torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 16):
+            torch.set_num_threads(threads)
+            with torch.inference_mode():
+                results.append(DepthwiseFFN()(x, pairs(made)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(other, results[0]) for other in results[1:])
+
+
+def calls(function: Callable[[], Tensor]) -> tuple[Tensor, int]:
+    """A result, and how many half blocks the core ran for it."""
+    with mock.patch.object(_native, "call", wraps=_native.call) as call:
+        found = function()
+    return found, sum(each.args[0] == "depthwise_ffn" for each in call.call_args_list)
+
+
+def test_who_gets_it() -> None:
+    """Inference in float32 alone: no gradient, no autocast, no other type, no named backend."""
+    made, x = block(32, 64), torch.randn(2, 32, 4, 6)
+    with torch.no_grad():
+        found, ran = calls(lambda: made(x))
+        assert ran == 2
+        with kernelpose.backend("eager"):
+            expected, ran = calls(lambda: made(x))
+            assert ran == 0
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert calls(lambda: made(x))[1] == 0
+        for dtype in (torch.bfloat16, torch.float64):
+            other = copy.deepcopy(made).to(dtype)
+            halved, ran = calls(functools.partial(other, x.to(dtype)))
+            assert ran == 0 and halved.dtype == dtype
+        assert calls(lambda: copy.deepcopy(made).train()(x))[1] == 0
+        for sizes in ((48, 64), (32, 48)):
+            odd = torch.randn(1, sizes[0], 4, 6)
+            assert calls(functools.partial(block(*sizes), odd))[1] == 0
+    with_gradient, ran = calls(lambda: made(x))
+    assert ran == 0
+    with_gradient.sum().backward()
+    assert all(parameter.grad is not None for parameter in made.parameters())
+    compiled, ran = calls(lambda: torch.compile(made, fullgraph=True, backend="eager")(x))
+    assert ran == 0
+    torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_what_was_packed_goes_stale() -> None:
+    made, x = block(32, 64), torch.randn(1, 32, 4, 6)
+    for layer in (made.dwconv2, made.ffn1.fc1, made.ffn2.fc2):
+        before = made(x)
+        layer.get_buffer("norm.running_mean").add_(1.0)
+        after = made(x)
+        assert (after - before).abs().max() > 1e-3
+        with kernelpose.backend("eager"):
+            torch.testing.assert_close(after, made(x), rtol=1e-4, atol=1e-4)
+    assert torch.equal(pickle.loads(pickle.dumps(made))(x), after)
+    assert torch.equal(copy.deepcopy(made)(x), after)
+
+
+@torch.no_grad()
+def test_nan_reaches_what_it_reaches_layer_by_layer() -> None:
+    made = block(32, 64)
+    for row, column in ((2, 7), (3, 2), (0, 0), (4, 5)):
+        x = torch.randn(1, 32, 5, 8)
+        x[0, 1, row, column] = torch.nan
+        found = DepthwiseFFN()(x, pairs(made))
+        assert torch.equal(found.isnan(), one_by_one(x, made).isnan())
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(isa: str, run_python: Any) -> None:
+    script = """
+from kernelpose import _native
+from tests.nn.test_depthwise_ffn import CASES, check_parity
+print(_native.core.cpu_isa())
+for name in CASES:
+    check_parity(name)
+print("done")
+"""
+    lines = run_python(script, KERNELPOSE_CPU_ISA=isa).split()
+    if lines[0] != isa:
+        pytest.skip(f"this machine runs {lines[0]} at best")
+    assert lines[-1] == "done"
