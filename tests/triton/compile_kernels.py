@@ -1,7 +1,7 @@
 """Compiles Triton kernels without a GPU and prints what they use, as JSON lines.
 
-Reads a JSON list of variants from standard input. Run in a process of its own: Triton compiles, or
-interprets, for the life of a process.
+Reads lists of variants from standard input, each a line of JSON. Run in a process of its own:
+Triton compiles, or interprets, for the life of a process.
 """
 
 from __future__ import annotations
@@ -69,5 +69,6 @@ def compile_variant(
 
 
 if __name__ == "__main__":
-    for variant in json.load(sys.stdin):
-        print(json.dumps(compile_variant(**variant)), flush=True)
+    for line in sys.stdin:
+        for variant in json.loads(line):
+            print(json.dumps(compile_variant(**variant)), flush=True)
