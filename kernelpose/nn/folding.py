@@ -52,8 +52,8 @@ def fold_affine(norm: nn.LayerNorm, linear: nn.Linear) -> tuple[Tensor, Tensor]:
 class Folder:
     """A folding of several groups of layers, which keeps what it made until a tensor changes.
 
-    What it keeps is made anew where a gradient is wanted or something traces. A change through
-    `.data` goes unseen. A copy or a file holds nothing.
+    What it keeps is made anew where a gradient is wanted or something traces. A change in place
+    through `.data` goes unseen. A copy or a file holds nothing.
 
     Args:
         function: the layers of a group -> weight and bias, or more; `fold` by default.
@@ -61,7 +61,9 @@ class Folder:
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]] = fold) -> None:
         self._function = function
-        self._kept: tuple[Any, list[tuple[Tensor, ...]]] = (None, [])
+        self._made: list[tuple[Tensor, ...]] = []
+        self._made_of: list[tuple[int, int]] = []  # where each tensor lies, and its version
+        self._held: list[Tensor] = []  # lest another tensor come to lie there
 
     def __call__(self, groups: Sequence[Sequence[nn.Module]]) -> list[tuple[Tensor, ...]]:
         tensors = [
@@ -73,14 +75,13 @@ class Folder:
         ]
         if not is_plain(*tensors):
             return [self._function(*layers) for layers in groups]
-        key = [
-            (t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, t.device)
-            for t in tensors
-        ]
-        if self._kept[0] != key:
+        made_of = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+        if self._made_of != made_of:
             with torch.inference_mode(False), torch.no_grad(), no_autocast(tensors[0]):
-                self._kept = (key, [self._function(*layers) for layers in groups])
-        return self._kept[1]
+                self._made = [self._function(*layers) for layers in groups]
+                self._held = [tensor.detach() for tensor in tensors]
+            self._made_of = made_of
+        return self._made
 
     def __reduce__(self) -> tuple[type[Folder], tuple[Any]]:
         return Folder, (self._function,)

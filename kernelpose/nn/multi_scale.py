@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernelpose.nn.folding import Folder
 from kernelpose.nn.untouched import untouched
 from kernelpose.ops._register import is_plain, no_autocast
 
@@ -38,13 +37,6 @@ class SpatialAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         pooled = torch.cat((x.mean(1, keepdim=True), x.amax(1, keepdim=True)), 1)
         return torch.sigmoid(self.conv1(pooled))
-
-
-class _Folded(NamedTuple):
-    parameters: tuple[Any, ...]  # what it was made of
-    weight: Tensor  # (C, C, 7, 7)
-    border: Tensor  # (C, 1, 7, 7): what the first bias gives through each tap that is on the map
-    constant: Tensor  # (C,): what the other biases give
 
 
 class MultiScaleModule(nn.Module):
@@ -84,7 +76,7 @@ class MultiScaleModule(nn.Module):
         self.CA = ChannelAttention(in_channels)
         self.SA = SpatialAttention()
         self.conv_1x1_final2 = nn.Conv2d(2 * out_channels, out_channels, 1)
-        self._folded: _Folded | None = None
+        self._folder = Folder(_fold)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim == 4:
@@ -99,14 +91,14 @@ class MultiScaleModule(nn.Module):
         return self._of_maps(maps).flatten(2).transpose(1, 2)
 
     def _of_maps(self, x: Tensor) -> Tensor:
-        branches = (self.conv_7x7, self.conv_5x5, self.conv_3x3)
-        linear = (self.conv_1x1_init, *branches, self.conv_1x1_final1)
-        if not self.training and untouched(*linear) and is_plain(x, *self.parameters()):
+        layers = self._linear_layers()
+        if not self.training and untouched(*layers) and is_plain(x, *self.parameters()):
             weight, bias = self.fold((x.shape[2], x.shape[3]))
             y = F.conv2d(x, weight, padding=3) + bias + x
         else:
-            first = self.conv_1x1_init(x)
-            y = self.conv_1x1_final1(torch.cat([branch(first) for branch in branches], 1)) + x
+            init, *branches, final = layers
+            first = init(x)
+            y = final(torch.cat([branch(first) for branch in branches], 1)) + x
         gated = torch.cat((self.CA(y) * y, self.SA(y) * y), 1)
         out: Tensor = self.conv_1x1_final2(gated) + y
         return out
@@ -120,38 +112,33 @@ class MultiScaleModule(nn.Module):
         Args:
             map_size: (H, W); `self.map_size` where it is None.
         """
-        key = tuple(
-            (p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype, p.device)
-            for p in self.parameters()
-        )
-        with torch.inference_mode(False), torch.no_grad(), no_autocast(self.conv_7x7.weight):
-            if self._folded is None or self._folded.parameters != key:
-                self._folded = _Folded(key, *self._fold())
-            _, weight, border, constant = self._folded
+        ((weight, border, constant),) = self._folder([self._linear_layers()])
+        with no_autocast(weight):
             inside = border.new_ones(1, 1, *(map_size or self.map_size))
             bias = F.conv2d(inside, border, constant, padding=3)[0]
         return weight, bias.to(weight.dtype)
 
-    def _fold(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _linear_layers(self) -> tuple[nn.Conv2d, ...]:
         branches = (self.conv_7x7, self.conv_5x5, self.conv_3x3)
-        dtype = torch.promote_types(self.conv_7x7.weight.dtype, torch.float32)
-        final, first = (
-            layer.weight.to(dtype)[:, :, 0, 0]
-            for layer in (self.conv_1x1_final1, self.conv_1x1_init)
-        )
-        mixed, constant = first.new_zeros(()), bias_of(self.conv_1x1_final1).to(dtype)
-        for mix, branch in zip(final.chunk(3, 1), branches, strict=True):
-            weight = (mix @ branch.weight.to(dtype).flatten(1)).view(branch.weight.shape)
-            mixed = mixed + F.pad(weight, [3 - branch.kernel_size[0] // 2] * 4)
-            constant = constant + mix @ bias_of(branch).to(dtype)
-        taps = mixed.permute(0, 2, 3, 1)  # (C, 7, 7, C), its last for the first convolution
-        border = (taps @ bias_of(self.conv_1x1_init).to(dtype))[:, None]
-        whole = (taps @ first).permute(0, 3, 1, 2).contiguous()
-        return whole.to(self.conv_7x7.weight.dtype), border, constant
+        return self.conv_1x1_init, *branches, self.conv_1x1_final1
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what `fold` keeps: copies and files make it themselves."""
-        return self.__dict__ | {"_folded": None}
+
+def _fold(
+    first: nn.Conv2d, seven: nn.Conv2d, five: nn.Conv2d, three: nn.Conv2d, last: nn.Conv2d
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the layers up to y: weight (C, C, 7, 7); border (C, 1, 7, 7), what the first bias gives
+    through each tap that is on the map; constant (C,), what the other biases give."""
+    dtype = torch.promote_types(seven.weight.dtype, torch.float32)
+    mixes, before = (layer.weight.to(dtype)[:, :, 0, 0] for layer in (last, first))
+    mixed, constant = before.new_zeros(()), bias_of(last).to(dtype)
+    for mix, branch in zip(mixes.chunk(3, 1), (seven, five, three), strict=True):
+        weight = (mix @ branch.weight.to(dtype).flatten(1)).view(branch.weight.shape)
+        mixed = mixed + F.pad(weight, [3 - branch.kernel_size[0] // 2] * 4)
+        constant = constant + mix @ bias_of(branch).to(dtype)
+    taps = mixed.permute(0, 2, 3, 1)  # (C, 7, 7, C), its last for the first convolution
+    border = (taps @ bias_of(first).to(dtype))[:, None]
+    whole = (taps @ before).permute(0, 3, 1, 2).contiguous()
+    return whole.to(seven.weight.dtype), border, constant
 
 
 def bias_of(layer: nn.Conv2d) -> Tensor:

@@ -36,9 +36,9 @@ def test_golden_module_of_the_released_code(golden: dict[str, Tensor]) -> None:
     module.load_state_dict(golden["state_dict"])
     torch.testing.assert_close(module(golden["input"]), golden["output"], atol=1e-5, rtol=1e-5)
     with torch.no_grad():
-        assert module._folded is None
+        assert not module._folder._made
         torch.testing.assert_close(module(golden["input"]), golden["output"], atol=1e-5, rtol=1e-5)
-        assert module._folded is not None
+        assert module._folder._made
 
 
 @pytest.mark.parametrize("size", [(16, 12), (5, 9), (2, 3), (1, 1)])
@@ -50,7 +50,7 @@ def test_folded_equals_the_layers(
     expected = module(x)
     with guard():
         torch.testing.assert_close(module(x), expected, atol=1e-5, rtol=1e-5)
-    assert module._folded is not None
+    assert module._folder._made
 
 
 def test_fold_is_what_it_says(module: MultiScaleModule) -> None:
@@ -96,14 +96,14 @@ def test_training_and_gradients_use_the_layers(module: MultiScaleModule) -> None
     assert module.conv_1x1_init.bias.grad is not None
     with torch.no_grad():
         module.train()(x)
-    assert module._folded is None
+    assert not module._folder._made
 
 
 def test_copies_do_not_carry_what_is_folded(module: MultiScaleModule) -> None:
     with torch.no_grad():
         expected = module(_maps())
         twin = copy.deepcopy(module)
-        assert twin._folded is None and set(twin.state_dict()) == set(module.state_dict())
+        assert not twin._folder._made and set(twin.state_dict()) == set(module.state_dict())
         assert torch.equal(twin(_maps()), expected)
 
 
@@ -118,8 +118,8 @@ def test_half_types(module: MultiScaleModule) -> None:
     assert error <= 2 * layers
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         module.float()(_maps())  # folds within autocast
-        assert module._folded is not None and module._folded.weight.dtype == torch.float32
-        weight = module._folded.weight
+        weight = module._folder._made[0][0]
+        assert weight.dtype == torch.float32
     torch.testing.assert_close(weight, copy.deepcopy(module).fold()[0])
 
 
