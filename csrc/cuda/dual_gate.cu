@@ -254,7 +254,7 @@ __global__ void __launch_bounds__(kThreads)
   float* const of_kernel = of_hidden + 2 * hidden;
   join_columns<Shares<float>>(maps, columns, image, 1.f, column ? f.of_mean[1] : f.of_mean[0],
                               column ? f.of_largest[1] : f.of_largest[0]);
-  __syncthreads();
+  // No barrier: of what was joined, a thread reads its own.
   for (int64_t c = threadIdx.x; c < channels; c += kThreads) {
     of_sigmoids[c] = f.of_mean[0][c] * s.gates[0][c] * (1.f - s.gates[0][c]);
   }
