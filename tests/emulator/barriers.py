@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from tests.emulator.build import ROOT
+from tests.emulator.run import Call, EmulatorError, run, same
+
+Right = Sequence[tuple[Call, list[Any]]]  # calls, and what they leave when nothing is left out
 
 
 def barriers(op: str, *names: str) -> list[str]:
@@ -24,6 +31,19 @@ def barriers(op: str, *names: str) -> list[str]:
         for number, line in enumerate(path.read_text().splitlines(), start=1)
         if call.search(line.split("//")[0])
     ]
+
+
+def check_removal(barrier: str, module: Path, right: Right, seeds: Sequence[int] = (0,)) -> None:
+    """Without the barrier some call is reported, or leaves something else in its arguments."""
+    for call, after in right:
+        calls = [Call(call.function, call.args, {"seed": s, "skip": barrier}) for s in seeds]
+        try:
+            results = run(module, calls)
+        except EmulatorError:
+            return
+        if not all(same(result.args, after) for result in results):
+            return
+    pytest.fail(f"no case needs the barrier at {barrier}")
 
 
 def _included(path: Path) -> set[Path]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernelpose.reference.add_layer_norm import add_layer_norm
 from tests.emulator import build
-from tests.emulator.barriers import barriers
+from tests.emulator.barriers import Right, barriers, check_removal
 from tests.emulator.run import Call, EmulatorError, run
 from tests.ops.test_add_layer_norm import Case
 from tests.parity import assert_parity
@@ -162,7 +162,7 @@ def test_other_types_are_an_error(codes: tuple[int, int, int], module: Path) -> 
 
 
 @pytest.fixture(scope="module")
-def right(module: Path) -> list[tuple[Call, list[Any]]]:
+def right(module: Path) -> Right:
     """Calls that need every barrier, and what they leave when nothing is left out."""
     calls = [
         call
@@ -173,16 +173,5 @@ def right(module: Path) -> list[tuple[Call, list[Any]]]:
 
 
 @pytest.mark.parametrize("barrier", barriers("add_layer_norm", "__syncthreads"))
-def test_removed_barrier_is_caught(
-    barrier: str, module: Path, right: list[tuple[Call, list[Any]]]
-) -> None:
-    """Without the barrier some call is reported, or leaves something else."""
-    for call, after in right:
-        try:
-            (result,) = run(module, [Call(call.function, call.args, {"skip": barrier})])
-        except EmulatorError:
-            return
-        for got, was in zip(result.args, after, strict=True):
-            if isinstance(got, Tensor) and not torch.equal(got, was):
-                return
-    pytest.fail(f"no case needs the barrier at {barrier}")
+def test_removed_barrier_is_caught(barrier: str, module: Path, right: Right) -> None:
+    check_removal(barrier, module, right)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +12,8 @@ from torch import Tensor
 
 from kernelpose.reference.cascaded_attention import cascaded_attention
 from tests.emulator import build
-from tests.emulator.barriers import barriers
-from tests.emulator.run import Call, EmulatorError, run
+from tests.emulator.barriers import Right, barriers, check_removal
+from tests.emulator.run import Call, EmulatorError, run, same
 from tests.parity import assert_parity
 
 pytestmark = pytest.mark.skipif(build.available() is not None, reason=str(build.available()))
@@ -93,15 +92,6 @@ def module() -> Path:
     return build.extension()
 
 
-def same(left: Sequence[object], right: Sequence[object]) -> bool:
-    """Bit for bit; what the two left in their workspaces as well."""
-    return all(
-        torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-        for a, b in zip(left, right, strict=True)
-        if isinstance(a, Tensor) and isinstance(b, Tensor)
-    )
-
-
 def check(module: Path, case: Case) -> None:
     """The same with every seed, right, and nothing given is written."""
     call = case.call(module)
@@ -168,35 +158,18 @@ BARRIER_CASES = [
 
 
 @pytest.fixture(scope="module")
-def right(module: Path) -> list[tuple[Call, list[Tensor]]]:
+def right(module: Path) -> Right:
     """The calls of BARRIER_CASES and what they leave when nothing is left out."""
     calls = [case.call(module) for case in BARRIER_CASES]
     return [(call, run(module, [call])[0].args) for call in calls]
 
 
 @pytest.mark.parametrize("barrier", own_barriers("__syncthreads"))
-def test_removed_barrier_is_caught(
-    barrier: str, module: Path, right: list[tuple[Call, list[Tensor]]]
-) -> None:
-    check_removal(barrier, module, right)
+def test_removed_barrier_is_caught(barrier: str, module: Path, right: Right) -> None:
+    check_removal(barrier, module, right, seeds=(0, 1))
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("barrier", own_barriers("__syncwarp", "cp_async_commit", "cp_async_wait"))
-def test_removed_wait_is_caught(
-    barrier: str, module: Path, right: list[tuple[Call, list[Tensor]]]
-) -> None:
-    check_removal(barrier, module, right)
-
-
-def check_removal(barrier: str, module: Path, right: list[tuple[Call, list[Tensor]]]) -> None:
-    """Without the barrier some call is reported, or leaves something else."""
-    for call, after in right:
-        calls = [Call(call.function, call.args, {"seed": s, "skip": barrier}) for s in range(2)]
-        try:
-            results = run(module, calls)
-        except EmulatorError:
-            return
-        if not all(same(result.args, after) for result in results):
-            return
-    pytest.fail(f"no case needs the barrier at {barrier}")
+def test_removed_wait_is_caught(barrier: str, module: Path, right: Right) -> None:
+    check_removal(barrier, module, right, seeds=(0, 1))

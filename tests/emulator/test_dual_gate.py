@@ -11,7 +11,7 @@ from torch import Tensor
 from kernelpose.ops._maps import native_shape
 from kernelpose.reference.dual_gate import dual_gate
 from tests.emulator import build
-from tests.emulator.barriers import barriers
+from tests.emulator.barriers import Right, barriers, check_removal
 from tests.emulator.run import Call, EmulatorError, run
 from tests.ops.test_dual_gate import CASES, Case
 from tests.parity import assert_parity
@@ -128,7 +128,7 @@ def test_other_dtypes_are_an_error(module: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def right(module: Path) -> list[tuple[Call, list[Tensor]]]:
+def right(module: Path) -> Right:
     """Calls that need every barrier, and what they leave when nothing is left out."""
     calls = _calls(MORE["blocks-tokens"], torch.float16)[:2]
     return [(call, run(module, [call])[0].args) for call in calls]
@@ -142,16 +142,5 @@ OWN = [
 
 
 @pytest.mark.parametrize("barrier", OWN)
-def test_removed_barrier_is_caught(
-    barrier: str, module: Path, right: list[tuple[Call, list[Tensor]]]
-) -> None:
-    """Without the barrier some call is reported, or leaves something else."""
-    for call, after in right:
-        try:
-            (result,) = run(module, [Call(call.function, call.args, {"skip": barrier})])
-        except EmulatorError:
-            return
-        for got, was in zip(result.args, after, strict=True):
-            if isinstance(got, Tensor) and not torch.equal(got, was):
-                return
-    pytest.fail(f"no case needs the barrier at {barrier}")
+def test_removed_barrier_is_caught(barrier: str, module: Path, right: Right) -> None:
+    check_removal(barrier, module, right)

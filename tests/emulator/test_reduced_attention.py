@@ -13,8 +13,8 @@ from torch import Tensor
 
 from kernelpose.reference.reduced_attention import reduced_attention
 from tests.emulator import build
-from tests.emulator.barriers import barriers
-from tests.emulator.run import Call, EmulatorError, run
+from tests.emulator.barriers import Right, barriers, check_removal
+from tests.emulator.run import Call, EmulatorError, run, same
 from tests.parity import assert_parity
 
 pytestmark = pytest.mark.skipif(build.available() is not None, reason=str(build.available()))
@@ -110,15 +110,6 @@ def module() -> Path:
     return build.extension()
 
 
-def same(left: list[object], right: list[object]) -> bool:
-    """Bit for bit; what the two left in their workspaces as well."""
-    return all(
-        torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-        for a, b in zip(left, right, strict=True)
-        if isinstance(a, Tensor) and isinstance(b, Tensor)
-    )
-
-
 def run_deterministic(module: Path, call: Call, read: int) -> list[Tensor]:
     """What the call leaves in its arguments, the same with every seed; it only reads the first."""
     results = run(module, [Call(call.function, call.args, {"seed": s}) for s in range(2)])
@@ -177,37 +168,20 @@ BARRIER_CASES = [Case(150, 48, 16), Case(40, 108, 16), Case(20, 300, 16), MANY]
 
 
 @pytest.fixture(scope="module")
-def right(module: Path) -> list[tuple[Call, list[Tensor]]]:
+def right(module: Path) -> Right:
     """The calls of BARRIER_CASES and what they leave when nothing is left out."""
     calls = [c for case in BARRIER_CASES for c in (case.forward(), case.backward(module, case.lse))]
     return [(call, run(module, [call])[0].args) for call in calls]
 
 
 @pytest.mark.parametrize("barrier", barriers("reduced_attention", "__syncthreads"))
-def test_removed_barrier_is_caught(
-    barrier: str, module: Path, right: list[tuple[Call, list[Tensor]]]
-) -> None:
-    check_removal(barrier, module, right)
+def test_removed_barrier_is_caught(barrier: str, module: Path, right: Right) -> None:
+    check_removal(barrier, module, right, seeds=(0, 1))
 
 
 @pytest.mark.full
 @pytest.mark.parametrize(
     "barrier", barriers("reduced_attention", "__syncwarp", "cp_async_commit", "cp_async_wait")
 )
-def test_removed_wait_is_caught(
-    barrier: str, module: Path, right: list[tuple[Call, list[Tensor]]]
-) -> None:
-    check_removal(barrier, module, right)
-
-
-def check_removal(barrier: str, module: Path, right: list[tuple[Call, list[Tensor]]]) -> None:
-    """Without the barrier some call is reported, or leaves something else."""
-    for call, after in right:
-        calls = [Call(call.function, call.args, {"seed": s, "skip": barrier}) for s in range(2)]
-        try:
-            results = run(module, calls)
-        except EmulatorError:
-            return
-        if not all(same(result.args, after) for result in results):
-            return
-    pytest.fail(f"no case needs the barrier at {barrier}")
+def test_removed_wait_is_caught(barrier: str, module: Path, right: Right) -> None:
+    check_removal(barrier, module, right, seeds=(0, 1))
