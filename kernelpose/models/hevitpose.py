@@ -23,6 +23,7 @@ from kernelpose.models.vitpose import is_pair
 from kernelpose.models.zoo import register
 from kernelpose.nn import CascadedGroupSRAttention, ConvNorm
 from kernelpose.nn.depthwise_ffn import DepthwiseFFN
+from kernelpose.nn.untouched import unhooked
 
 SIZES: dict[str, dict[str, Any]] = {
     "hevitpose-t": {"embed_dims": (64, 128, 192), "depths": (1, 4, 4)},
@@ -69,9 +70,17 @@ class FFN(nn.Module):
 
 
 def _half(x: Tensor, dwconv: ConvNorm, ffn: FFN, fused: DepthwiseFFN) -> Tensor:
-    pairs = dwconv.pair, ffn.fc1.pair, ffn.fc2.pair
-    if fused.suits(x, pairs):
-        return fused(x, pairs)
+    layers = dwconv, ffn.fc1, ffn.fc2
+    if (
+        all(type(layer) is ConvNorm for layer in layers)
+        and unhooked(ffn)
+        and dwconv.is_untouched()
+        and ffn.fc1.is_untouched(nn.ReLU)
+        and ffn.fc2.is_untouched()
+    ):
+        pairs = dwconv.pair, ffn.fc1.pair, ffn.fc2.pair
+        if fused.suits(x, pairs):
+            return fused(x, pairs)
     y: Tensor = ffn(dwconv(x, residual=x))
     return y
 

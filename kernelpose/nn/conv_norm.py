@@ -82,6 +82,15 @@ class ConvNorm(nn.Module):
             return residual + y
         return y.add_(residual)
 
+    def is_untouched(self, act: type[nn.Module] | None = None) -> bool:
+        """Whether calling this is its convolution, its norm, such an activation, and no more."""
+        own = self.act
+        return (
+            untouched(*self.pair)
+            and unhooked(self)
+            and (own is None if act is None else type(own) is act and unhooked(own))
+        )
+
     def _packs(self, x: Tensor, last: bool = False) -> bool:
         """Whether `packed_linear` can read x; last: whether it may be added to what that gives."""
         conv, norm = self.pair

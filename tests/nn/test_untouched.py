@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from kernelpose.models.decoders import ClassicDecoder
+from kernelpose.models.hevitpose import Block
 from kernelpose.models.mobilevit import InvertedResidual
 from kernelpose.nn import (
     CRU,
@@ -43,6 +44,7 @@ SUBJECTS: dict[str, Subject] = {
     "CRU": (lambda: CRU(128), (2, 128, *SIZE), ()),
     "SRU": (lambda: SRU(64), MAPS, ()),
     "CascadedGroupSRAttention": (lambda: CascadedGroupSRAttention(64, 2, 2, 2), MAPS, ()),
+    "Block of HEViTPose": (lambda: Block(64, 2, 2, 2, 128), MAPS, ()),
     "HRPMv1": (lambda: HRPMv1(16), (2, 3, 16, 24), ()),
     "HRPMv2": (lambda: HRPMv2(64), TOKENS, (SIZE,)),
     "LocalPerception": (lambda: LocalPerception(64), MAPS, ()),
