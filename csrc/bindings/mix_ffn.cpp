@@ -17,9 +17,9 @@ using ShapeTuple = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64
 
 KP_BIND(m) {
   m.attr("cpu_mix_ffn_block") = cpu::kMixFfnBlock;
-  m.def("cpu_mix_ffn_panel", [] {
+  m.def("cpu_panel_columns", [] {
     using namespace cpu;
-    return KP_SELECT_ISA(mix_ffn_panel)();
+    return KP_SELECT_ISA(panel_columns)();
   });
   m.def("cpu_mix_ffn", [](Address x, const std::array<Address, 6>& weights, Address out,
                           const ShapeTuple& sizes, int threads) {

@@ -10,7 +10,7 @@
 #include <algorithm>
 
 #include "dwconv_gelu_blocks.h"
-#include "matmul.h"
+#include "panel_product.h"
 #include "parallel.h"
 
 namespace kernelpose::cpu::KP_ISA {
@@ -18,7 +18,6 @@ namespace {
 
 constexpr int64_t kBlock = kMixFfnBlock;
 constexpr int64_t kTokens = 768;  // of a unit, about
-constexpr int64_t kDepth = 128;   // of a product whose right factor stays in the first level
 constexpr int64_t kSharedTokens = 24;
 
 class MixFfn {
@@ -68,15 +67,9 @@ class MixFfn {
   const float* make(const Unit& unit, int64_t block, float* activated, float* memory) const {
     const int64_t inputs = shape_.inputs, width = shape_.width, channel = block * kBlock;
     const int64_t tokens = unit.images * unit.height * width;
-    for (int64_t t = 0; t < tokens; ++t) {
-      std::copy_n(weights_.fc1_bias + channel, kBlock, memory + t * kBlock);
-    }
-    for (int64_t k = 0; k < inputs; k += kDepth) {
-      const int64_t depth = std::min(kDepth, inputs - k);
-      matmul<float, true>(tokens, kBlock, depth, {unit.x + k, inputs, 1},
-                          weights_.fc1 + channel * inputs + k * kPanel<float>, kPanel<float>,
-                          inputs * kPanel<float>, memory, kBlock);
-    }
+    fill_rows(weights_.fc1_bias + channel, tokens, kBlock, memory, kBlock);
+    add_product(tokens, kBlock, inputs, unit.x, inputs, {weights_.fc1, inputs}, 0, channel, memory,
+                kBlock);
     const DwconvGeluShape shape{unit.images, unit.height, width, kBlock};
     const DwconvGelu<float> op{shape, memory, weights_.depthwise + channel * kDwconvTaps,
                                weights_.depthwise_bias + channel, activated};
@@ -88,15 +81,12 @@ class MixFfn {
   }
 
   void start(float* out, int64_t tokens) const {
-    for (int64_t t = 0; t < tokens; ++t) {
-      std::copy_n(weights_.fc2_bias, shape_.outputs, out + t * shape_.outputs);
-    }
+    fill_rows(weights_.fc2_bias, tokens, shape_.outputs, out, shape_.outputs);
   }
   // Adds what a block gives.
   void add(const float* activated, int64_t block, float* out, int64_t tokens) const {
-    matmul<float, true>(tokens, shape_.outputs, kBlock, {activated, kBlock, 1},
-                        weights_.fc2 + block * kBlock * kPanel<float>, kPanel<float>,
-                        shape_.hidden * kPanel<float>, out, shape_.outputs);
+    add_product(tokens, shape_.outputs, kBlock, activated, kBlock, {weights_.fc2, shape_.hidden},
+                block * kBlock, 0, out, shape_.outputs);
   }
 
  private:
@@ -109,7 +99,7 @@ class MixFfn {
 
 }  // namespace
 
-int64_t mix_ffn_panel() { return kPanel<float>; }
+int64_t panel_columns() { return kPanel<float>; }
 
 bool mix_ffn_forward(const float* x, const MixFfnWeights& weights, float* out,
                      const MixFfnShape& shape, int threads) {

@@ -1,6 +1,7 @@
 // fc2(GELU(dwconv(fc1(x)))) of tokens on the CPU for inference, in float32: x (batch, height *
 // width, inputs) -> out (batch, height * width, outputs), outputs a multiple of 16. The weights, of
-// `hidden` channels in whole kMixFfnBlock, are arranged by kernelpose/nn/packed_mix_ffn.py. False:
+// `hidden` channels in whole kMixFfnBlock, are arranged by
+// kernelpose/nn/packed_mix_ffn.py. False:
 // no memory for scratch.
 #pragma once
 
@@ -24,7 +25,7 @@ struct MixFfnWeights {
 
 #define KP_DECLARE(isa_namespace)                                                \
   namespace isa_namespace {                                                      \
-  int64_t mix_ffn_panel(); /* columns */                                         \
+  int64_t panel_columns();                                                       \
   bool mix_ffn_forward(const float* x, const MixFfnWeights& weights, float* out, \
                        const MixFfnShape& shape, int threads);                   \
   }

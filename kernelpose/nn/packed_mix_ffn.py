@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from kernelpose import _native
 from kernelpose.backend import core_unasked
 from kernelpose.nn.folding import Folder
+from kernelpose.nn.panels import panels
 from kernelpose.ops._register import is_plain
 
 _MULTIPLE = 16  # what outputs are divided by: whole vectors of any CPU
@@ -58,14 +59,8 @@ class PackedMixFFN:
 def _pack(fc1: nn.Linear, dwconv: nn.Conv2d, fc2: nn.Linear) -> tuple[Tensor, ...]:
     """What the core takes: hidden channels in whole blocks, the last ones 0; see MixFfnWeights."""
     assert _native.core is not None
-    panel = _native.core.cpu_mix_ffn_panel()
     more = -fc1.out_features % _native.core.cpu_mix_ffn_block
     assert dwconv.bias is not None
-
-    def panels(weight: Tensor) -> Tensor:
-        weight = F.pad(weight, (0, 0, 0, -len(weight) % panel))
-        return weight.unflatten(0, (-1, panel)).transpose(1, 2).contiguous()
-
     return (
         panels(F.pad(fc1.weight, (0, 0, 0, more))),
         F.pad(fc1.bias, (0, more)),

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from kernelpose import ops
+from kernelpose.nn.packed_sr_attention import PackedSRAttention
+from kernelpose.nn.untouched import untouched
 
 
 class SRAttention(nn.Module):
@@ -46,10 +48,17 @@ class SRAttention(nn.Module):
             # Else oneDNN arranges this weight anew in every call: 1.5 to 4 times the time.
             nn.utils.convert_conv2d_weight_memory_format(self.sr, torch.channels_last)
             self.norm = nn.LayerNorm(dim)
+        self._packed = PackedSRAttention()
 
     def forward(self, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
+        layers = (self.q, self.kv, self.proj)
+        reduction = (self.sr, self.norm) if self.sr_ratio > 1 else None
+        if untouched(*layers, *(reduction or ())) and self._packed.suits(
+            x, layers, reduction, self.num_heads, feat_size
+        ):
+            return self._packed(x, layers, reduction, self.num_heads, feat_size)
         y = x
-        if self.sr_ratio > 1:
+        if reduction is not None:
             maps = x.unflatten(1, feat_size).permute(0, 3, 1, 2)
             y = self.norm(self.sr(maps).permute(0, 2, 3, 1).flatten(1, 2))
         out: Tensor = self.proj(

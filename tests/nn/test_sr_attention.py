@@ -1,34 +1,36 @@
-"""SRAttention beside what timm writes, and what it refuses."""
+"""SRAttention beside what timm writes, in one call and layer by layer, and what it refuses."""
 
 from __future__ import annotations
 
+import copy
+import pickle
+from typing import Any
+from unittest import mock
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+import kernelpose
+from kernelpose import _native
 from kernelpose.nn import SRAttention
+from tests.parity import assert_parity
 
 SIZE = (9, 7)
 
 
-def tokens(channels: int, batch: int = 2) -> torch.Tensor:
+def tokens(channels: int, batch: int = 2) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randn(batch, SIZE[0] * SIZE[1], channels, generator=generator)
 
 
-@pytest.mark.parametrize(("ratio", "keys"), [(1, 63), (2, 12), (4, 2)])
+@pytest.mark.parametrize("ratio", [1, 2, 4])
 @pytest.mark.parametrize("batch", [0, 2])
-def test_attention(ratio: int, keys: int, batch: int) -> None:
+def test_attention_of_other_widths(ratio: int, batch: int) -> None:
     torch.manual_seed(0)
     attn, x = SRAttention(24, num_heads=3, sr_ratio=ratio), tokens(24, batch)
-    reduced = x
-    if ratio > 1:
-        maps = attn.sr(x.mT.unflatten(2, SIZE))
-        reduced = attn.norm(maps.flatten(2).mT)
-    assert reduced.shape == (batch, keys, 24)
-    q = attn.q(x).view(batch, 63, 3, 8).transpose(1, 2)
-    k, v = attn.kv(reduced).view(batch, keys, 2, 3, 8).permute(2, 0, 3, 1, 4)
-    mixed = ((q @ k.mT) * 8**-0.5).softmax(-1) @ v
-    expected = attn.proj(mixed.transpose(1, 2).reshape(batch, 63, 24))
+    expected = layer_by_layer(attn, x, SIZE)
     torch.testing.assert_close(attn(x, SIZE), expected)
 
 
@@ -37,6 +39,131 @@ def test_attention_has_timms_parameters() -> None:
     assert names == {"q", "kv", "proj", "sr", "norm"}
     bare = set(SRAttention(16, 2, qkv_bias=False).state_dict())
     assert bare == {"q.weight", "kv.weight", "proj.weight", "proj.bias"}
+
+
+# (batch, (h, w), C, heads, sr_ratio)
+CASES = {
+    "even": (2, (8, 6), 32, 2, 2),
+    "leftover": (3, (9, 7), 48, 1, 2),
+    "one-key": (1, (5, 4), 16, 1, 4),
+    "no-reduction": (2, (5, 7), 96, 3, 1),
+    "many-keys": (1, (24, 15), 64, 2, 2),
+    "deep": (1, (16, 8), 80, 5, 8),
+    "wide-heads": (1, (3, 4), 256, 2, 1),
+    "many-images": (19, (6, 5), 32, 2, 2),
+    "no-bias": (2, (8, 6), 64, 4, 2),
+    "batch-0": (0, (8, 6), 32, 2, 2),
+}
+
+
+def layer_by_layer(attn: SRAttention, x: Tensor, size: tuple[int, int]) -> Tensor:
+    reduced = x
+    if attn.sr_ratio > 1:
+        reduced = attn.norm(attn.sr(x.mT.unflatten(2, size)).flatten(2).mT)
+    heads = attn.num_heads
+    q = attn.q(x).unflatten(2, (heads, -1)).transpose(1, 2)
+    k, v = attn.kv(reduced).unflatten(2, (2, heads, -1)).permute(2, 0, 3, 1, 4)
+    mixed = ((q @ k.mT) * q.shape[-1] ** -0.5).softmax(-1) @ v
+    out: Tensor = attn.proj(mixed.transpose(1, 2).flatten(2))
+    return out
+
+
+def case(name: str) -> tuple[SRAttention, Tensor, tuple[int, int]]:
+    batch, size, channels, heads, ratio = CASES[name]
+    torch.manual_seed(0)
+    attn = SRAttention(channels, heads, ratio, qkv_bias=name != "no-bias")
+    for norm in attn.modules():
+        if isinstance(norm, nn.LayerNorm):
+            nn.init.uniform_(norm.weight, 0.5, 2.0)
+            nn.init.normal_(norm.bias)
+            norm.eps = 1e-3
+    return attn, torch.randn(batch, size[0] * size[1], channels), size
+
+
+def calls(function: Any) -> tuple[Tensor, int]:
+    """A result, and how many attentions the core ran whole for it."""
+    with mock.patch.object(_native, "call", wraps=_native.call) as call:
+        found = function()
+    return found, sum(each.args[0] == "sr_attention" for each in call.call_args_list)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_parity(name: str, poisoned: None) -> None:
+    attn, x, size = case(name)
+    with torch.no_grad():
+        eager = layer_by_layer(attn, x, size)
+        exact = layer_by_layer(copy.deepcopy(attn).double(), x.double(), size)
+        found, ran = calls(lambda: attn(x, size))
+        assert ran == (x.numel() > 0)
+        assert_parity(found, eager, exact)
+        assert torch.equal(attn(F.pad(x, (1, 0))[..., 1:], size), found)
+
+
+@pytest.mark.parametrize("name", ["even", "many-keys", "many-images", "one-key"])
+def test_deterministic_whatever_the_threads(name: str) -> None:
+    attn, x, size = case(name)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 16):
+            torch.set_num_threads(threads)
+            with torch.inference_mode():
+                results.append(attn(x, size))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(other, results[0]) for other in results[1:])
+
+
+def test_who_gets_it() -> None:
+    """Inference in float32 alone: no gradient, no autocast, no other type, no named backend."""
+    attn, x, size = case("even")
+    with torch.no_grad():
+        with kernelpose.backend("eager"):
+            expected, ran = calls(lambda: attn(x, size))
+            assert ran == 0
+        torch.testing.assert_close(attn(x, size), expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            found, ran = calls(lambda: attn(x, size))
+            assert ran == 0
+            torch.testing.assert_close(found.float(), expected, rtol=0.1, atol=0.03)
+        for dtype in (torch.bfloat16, torch.float64):
+            other = copy.deepcopy(attn).to(dtype)
+            found, ran = calls(lambda other=other, dtype=dtype: other(x.to(dtype), size))
+            assert ran == 0 and found.dtype == dtype
+        narrow = SRAttention(32, 4)
+        assert calls(lambda: narrow(x, size))[1] == 0
+        with pytest.raises(RuntimeError):
+            attn(x, (8, 5))
+    with_gradient, ran = calls(lambda: attn(x, size))
+    assert ran == 0
+    with_gradient.sum().backward()
+    assert all(parameter.grad is not None for parameter in attn.parameters())
+    compiled, ran = calls(lambda: torch.compile(attn, fullgraph=True, backend="eager")(x, size))
+    assert ran == 0
+    torch.testing.assert_close(compiled, expected)
+
+
+def test_what_was_packed_goes_stale() -> None:
+    attn, x, size = case("leftover")
+    with torch.no_grad():
+        before = attn(x, size)
+        for name, parameter in attn.named_parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+            after = attn(x, size)
+            assert (after - before).abs().max() > 1e-3, name
+            torch.testing.assert_close(after, layer_by_layer(attn, x, size), rtol=1e-4, atol=1e-4)
+            before = after
+        assert torch.equal(pickle.loads(pickle.dumps(attn))(x, size), after)
+        assert torch.equal(copy.deepcopy(attn)(x, size), after)
+
+
+@pytest.mark.parametrize("name", ["leftover", "no-reduction"])
+def test_nan_reaches_what_it_reaches_layer_by_layer(name: str) -> None:
+    attn, x, size = case(name)
+    with torch.no_grad():
+        for token in (0, size[0] * size[1] - 1):  # the last one is left over
+            bad = x.clone()
+            bad[1, token, 3] = torch.nan
+            assert torch.equal(attn(bad, size).isnan(), layer_by_layer(attn, bad, size).isnan())
 
 
 def test_refusals() -> None:

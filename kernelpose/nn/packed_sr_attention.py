@@ -1,0 +1,87 @@
+"""All layers of SRAttention as one call, for inference on a CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kernelpose import _native
+from kernelpose.backend import core_unasked
+from kernelpose.nn.folding import Folder
+from kernelpose.nn.panels import panels
+from kernelpose.ops._register import is_plain
+
+_MULTIPLE = 16  # what channels of a head are divided by: whole vectors of any CPU
+_MAX_HEAD_DIM = 128
+
+
+class PackedSRAttention:
+    """The attention of tokens (B, h * w, C) to their reduced map, projections included.
+
+    In float32 on a CPU, where neither a gradient nor a graph is wanted and no backend is named. The
+    numbers of a block of tokens stay in the cache from the queries' projection to the last. A copy
+    of the weights in the order in which they are read is kept until one changes.
+    """
+
+    def __init__(self) -> None:
+        self._folder = Folder(_pack)
+
+    def suits(
+        self,
+        x: Tensor,
+        layers: tuple[nn.Linear, nn.Linear, nn.Linear],
+        reduction: tuple[nn.Conv2d, nn.LayerNorm] | None,
+        num_heads: int,
+        size: tuple[int, int],
+    ) -> bool:
+        """Whether that is so. layers: q, kv, proj; reduction: a convolution whose stride is its
+        kernel, and its norm."""
+        parameters = [p for layer in (*layers, *(reduction or ())) for p in layer.parameters()]
+        channels = layers[0].in_features
+        return (
+            is_plain(x, *parameters)
+            and core_unasked()
+            and all(t.is_cpu and t.dtype == torch.float32 for t in (x, *parameters))
+            and not torch.is_autocast_enabled("cpu")
+            and x.ndim == 3
+            and x.shape[1:] == (size[0] * size[1], channels)
+            and x.shape[1] > 0
+            and channels // num_heads % _MULTIPLE == 0
+            and channels // num_heads <= _MAX_HEAD_DIM
+            and (reduction is None or min(size) >= reduction[0].kernel_size[0])
+        )
+
+    def __call__(
+        self,
+        x: Tensor,
+        layers: tuple[nn.Linear, nn.Linear, nn.Linear],
+        reduction: tuple[nn.Conv2d, nn.LayerNorm] | None,
+        num_heads: int,
+        size: tuple[int, int],
+    ) -> Tensor:
+        (weights,) = self._folder([(*layers, *(reduction or ()))])
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        if out.numel():
+            ratio, eps = (
+                (1, 0.0) if reduction is None else (reduction[0].stride[0], reduction[1].eps)
+            )
+            addresses = [t.data_ptr() for t in weights]
+            addresses += [0] * (10 - len(addresses))
+            shape = (x.shape[0], *size, x.shape[2], num_heads, ratio, eps)
+            _native.call("sr_attention", x, x.data_ptr(), addresses, out.data_ptr(), shape)
+        return out
+
+
+def _pack(*layers: nn.Module) -> tuple[Tensor, ...]:
+    """What the core takes, see SrAttentionWeights."""
+    packed = []
+    for layer in layers:
+        assert isinstance(layer, (nn.Linear, nn.Conv2d, nn.LayerNorm))
+        weight = layer.weight
+        if isinstance(layer, nn.Conv2d):
+            weight = weight.permute(0, 2, 3, 1).flatten(1)
+        packed.append(weight.contiguous() if weight.ndim == 1 else panels(weight))
+        bias = layer.bias
+        packed.append(weight.new_zeros(len(weight)) if bias is None else bias.contiguous())
+    return tuple(packed)
