@@ -69,18 +69,9 @@ class FFN(nn.Module):
         return y
 
 
-def _half(x: Tensor, dwconv: ConvNorm, ffn: FFN, fused: DepthwiseFFN) -> Tensor:
-    layers = dwconv, ffn.fc1, ffn.fc2
-    if (
-        all(type(layer) is ConvNorm for layer in layers)
-        and unhooked(ffn)
-        and dwconv.is_untouched()
-        and ffn.fc1.is_untouched(nn.ReLU)
-        and ffn.fc2.is_untouched()
-    ):
-        pairs = dwconv.pair, ffn.fc1.pair, ffn.fc2.pair
-        if fused.suits(x, pairs):
-            return fused(x, pairs)
+def _half(x: Tensor, dwconv: nn.Module, ffn: nn.Module, fused: DepthwiseFFN) -> Tensor:
+    if type(ffn) is FFN and unhooked(ffn) and fused.suits(x, (dwconv, ffn.fc1, ffn.fc2)):
+        return fused(x, (dwconv, ffn.fc1, ffn.fc2))
     y: Tensor = ffn(dwconv(x, residual=x))
     return y
 

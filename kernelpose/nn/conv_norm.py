@@ -75,12 +75,7 @@ class ConvNorm(nn.Module):
         y = conv_norm(x, *self.pair, self._folder)
         if self.act is not None:
             y = self.act(y)
-        if residual is None:
-            return y
-        # In place, where no gradient could need what was computed: large maps are new pages.
-        if torch.is_grad_enabled() or torch.result_type(y, residual) != y.dtype:
-            return residual + y
-        return y.add_(residual)
+        return y if residual is None else residual + y
 
     def is_untouched(self, act: type[nn.Module] | None = None) -> bool:
         """Whether calling this is its convolution, its norm, such an activation, and no more."""

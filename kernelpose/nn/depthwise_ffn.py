@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernelpose import _native
 from kernelpose.backend import core_unasked
-from kernelpose.nn.folding import Folder, Pair, can_fold, fold
+from kernelpose.nn.conv_norm import ConvNorm
+from kernelpose.nn.folding import Folder, can_fold, fold
 from kernelpose.ops._register import is_plain
 
 _MULTIPLE = 32  # what channels and hidden width are divided by, on any CPU
@@ -19,18 +20,29 @@ class DepthwiseFFN:
     """y = x + BN(depthwise(x)); y + BN(project(relu(BN(expand(y))))) of maps (B, C, H, W).
 
     For inference: in float32 on a CPU, where neither a gradient nor a graph is wanted and no
-    backend is named. The depthwise convolution is 3x3 of stride 1, the others 1x1, none with a
-    bias. Nothing between x and the result is written to memory. The norms are folded, and the
-    weights, arranged as the core reads them, are kept until a tensor changes.
+    backend is named. The depthwise convolution is 3x3 of stride 1, the others 1x1. Nothing between
+    x and the result is written to memory. The norms are folded, and the weights, arranged as the
+    core reads them, are kept until a tensor changes.
     """
 
     def __init__(self) -> None:
         self._folder = Folder(_pack)
 
-    def suits(self, x: Tensor, pairs: tuple[Pair, Pair, Pair]) -> bool:
-        """Whether that is so; pairs: the three convolutions, each with its norm."""
-        channels, hidden = pairs[0][0].in_channels, pairs[1][0].out_channels
+    def suits(self, x: Tensor, layers: tuple[nn.Module, nn.Module, nn.Module]) -> bool:
+        """Whether that is so; layers: the three convolutions with their norms, `ConvNorm`s.
+
+        Not where one of them, or what it holds, is not `untouched`.
+        """
+        if not all(type(layer) is ConvNorm for layer in layers):
+            return False
+        depthwise, expand, project = cast("tuple[ConvNorm, ConvNorm, ConvNorm]", layers)
+        if not (
+            depthwise.is_untouched() and expand.is_untouched(nn.ReLU) and project.is_untouched()
+        ):
+            return False
+        pairs = depthwise.pair, expand.pair, project.pair
         weights = [conv.weight for conv, _ in pairs]
+        channels, hidden = project.conv.out_channels, project.conv.in_channels
         return (
             is_plain(x, *weights)
             and core_unasked()
@@ -44,7 +56,8 @@ class DepthwiseFFN:
             and x.shape[1] == channels
         )
 
-    def __call__(self, x: Tensor, pairs: tuple[Pair, Pair, Pair]) -> Tensor:
+    def __call__(self, x: Tensor, layers: tuple[nn.Module, nn.Module, nn.Module]) -> Tensor:
+        pairs = [cast("ConvNorm", layer).pair for layer in layers]
         ((packed,),) = self._folder([[layer for pair in pairs for layer in pair]])
         x = x.permute(0, 2, 3, 1).contiguous()
         out = x.new_empty(x.shape)
