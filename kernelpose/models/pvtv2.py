@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kernelpose.models.vit import DropPath
 from kernelpose.models.zoo import register
 from kernelpose.nn import AddLayerNorm, HRPMv2, MixFFN, SRAttention
+from kernelpose.nn.packed_conv import PackedConv
 
 SIZES: dict[str, dict[str, Any]] = {
     "pvtv2-b0": {"embed_dims": (32, 64, 160, 256), "depths": (2, 2, 2, 2)},
@@ -36,9 +37,10 @@ class PatchEmbed(nn.Module):
         # As in SRAttention.
         nn.utils.convert_conv2d_weight_memory_format(self.proj, torch.channels_last)
         self.norm = nn.LayerNorm(dim)
+        self._packed = PackedConv()
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens: Tensor = self.norm(self.proj(x).permute(0, 2, 3, 1))
+        tokens: Tensor = self.norm(self._packed(x, self.proj).permute(0, 2, 3, 1))
         return tokens
 
 
