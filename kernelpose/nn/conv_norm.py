@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from kernelpose.nn.folding import Folder, can_fold, fold
 from kernelpose.nn.packed_linear import can_pack, pack, packed_linear
 from kernelpose.nn.untouched import unhooked, untouched
+from kernelpose.nn.winograd import WinogradConv
 
 
 class ConvNorm(nn.Module):
     """act(BN(conv(x))): (B, C, H, W) -> (B, out_channels, H / stride, W / stride).
 
     The convolution has no bias and pads with half its kernel. In eval mode the norm is folded into
-    it, and of a 1x1 convolution on a CPU ReLU and the residual, too. Maps in channels_last memory
+    it, and of a 1x1 convolution on a CPU ReLU and the residual, too; a dense 3x3 one of stride 1 is
+    a `WinogradConv` there. Maps in channels_last memory
     stay so.
 
     Args:
@@ -60,6 +62,7 @@ class ConvNorm(nn.Module):
         self.act = act
         self._folder = Folder()
         self._packer = Folder(_fold_and_pack)
+        self._winograd = WinogradConv()
 
     @property
     def pair(self) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
@@ -72,7 +75,10 @@ class ConvNorm(nn.Module):
             more = None if residual is None else _tokens(residual)
             relu = self.act is not None
             return packed_linear(_tokens(x), weight, bias, relu, more).permute(0, 3, 1, 2)
-        y = conv_norm(x, *self.pair, self._folder)
+        if self._winograd.suits(x, *self.pair):
+            y = self._winograd(x, *self.pair)
+        else:
+            y = conv_norm(x, *self.pair, self._folder)
         if self.act is not None:
             y = self.act(y)
         return y if residual is None else residual + y

@@ -11,6 +11,7 @@ from kernelpose import ops
 from kernelpose.nn.add_layer_norm import AddLayerNorm
 from kernelpose.nn.conv_norm import ConvNorm
 from kernelpose.nn.window_attention import WindowAttention
+from kernelpose.nn.winograd import WinogradConv
 
 # By variant, what its code calls the BatchNorm of a convolution.
 NORM_NAMES = {"released": "norm_layer", "apple": "bn"}
@@ -70,6 +71,7 @@ class MobileViTBlock(nn.Module):
             self.transformer: nn.Module = _Transformer(d_model, layers, mlp_dim)
             self.fusion_block1 = nn.Conv2d(d_model, in_channels, 1)
             self.fusion_block2 = nn.Conv2d(2 * in_channels, out_channels, 3, padding=1)
+            self._winograd = WinogradConv()
         else:
             self.conv_kxk = convolution(in_channels, in_channels, 3)
             self.conv_1x1 = nn.Conv2d(in_channels, d_model, 1, bias=False)
@@ -82,7 +84,10 @@ class MobileViTBlock(nn.Module):
         if self.variant == "released":
             tokens = self.transformer(self.local_representation(x).permute(0, 2, 3, 1))
             y = self.fusion_block1(tokens.permute(0, 3, 1, 2))
-            last: nn.Module = self.fusion_block2
+            joined, last = torch.cat([x, y], 1), self.fusion_block2
+            if self._winograd.suits(joined, last):
+                return self._winograd(joined, last)
+            out: Tensor = last(joined)
         else:
             if x.shape[2] % PATCH[0] or x.shape[3] % PATCH[1]:
                 raise ValueError(
@@ -93,8 +98,7 @@ class MobileViTBlock(nn.Module):
                 tokens, branch = layer(tokens, branch)
             _, tokens = self.norm(tokens, branch)
             y = self.conv_proj(tokens.permute(0, 3, 1, 2))
-            last = self.conv_fusion
-        out: Tensor = last(torch.cat([x, y], 1))
+            out = self.conv_fusion(torch.cat([x, y], 1))
         return out
 
 
