@@ -116,7 +116,7 @@ def _inverted_bottleneck_kernel(
     AROUND: tl.constexpr = (COLUMNS - 1) * STRIDE + 3
     element = x.dtype.element_ty
     across, down = tl.cdiv(out_width, COLUMNS), tl.cdiv(out_height, ROWS)
-    tile = tl.program_id(0)
+    tile = tl.program_id(0) // tl.cdiv(OUTPUTS, BLOCK_O)
     image = (tile // (across * down)).to(tl.int64)
     top, left = tile // across % down * ROWS, tile % across * COLUMNS
     x += image * height * width * C
@@ -134,7 +134,7 @@ def _inverted_bottleneck_kernel(
         exists = (y >= 0) & (y < height) & (side >= 0) & (side < width)
         first = pixel // COLUMNS * STRIDE * AROUND + pixel % COLUMNS * STRIDE
         first = tl.where(pixel < ROWS * COLUMNS, first, 0)
-    output = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    output = tl.program_id(0) % tl.cdiv(OUTPUTS, BLOCK_O) * BLOCK_O + tl.arange(0, BLOCK_O)
     wanted = output < OUTPUTS
     sums = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
     for start in range(0, HIDDEN, CHUNK):
@@ -210,8 +210,9 @@ def forward(
     if depthwise is None:
         size = out_size = (1, size[0] * size[1])
     tiles = triton.cdiv(out_size[0], sizes["ROWS"]) * triton.cdiv(out_size[1], sizes["COLUMNS"])
+    parts = triton.cdiv(shape[2], sizes["BLOCK_O"])
     with torch.cuda.device_of(x):
-        _inverted_bottleneck_kernel[x.shape[0] * tiles, triton.cdiv(shape[2], sizes["BLOCK_O"])](
+        _inverted_bottleneck_kernel[(x.shape[0] * tiles * parts,)](
             x,
             *weights,
             out,

@@ -7,11 +7,23 @@
 
 #include "bind.h"
 
+#ifdef KERNELPOSE_WITH_CUDA
+#include "cuda/inverted_bottleneck.h"
+#endif
+
 namespace kernelpose::bindings {
 namespace {
 
 // (batch, height, width, inputs, hidden, outputs, stride)
 using ShapeTuple = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
+
+InvertedBottleneckShape shape_of(const ShapeTuple& sizes, bool residual,
+                                 const std::array<int, 2>& activations) {
+  const auto& [batch, height, width, inputs, hidden, outputs, stride] = sizes;
+  const auto activation = [&](int i) { return static_cast<Activation>(activations[i]); };
+  return {batch,   height, width,    inputs,        hidden,
+          outputs, stride, residual, activation(0), activation(1)};
+}
 
 }  // namespace
 
@@ -21,17 +33,7 @@ KP_BIND(m) {
         [](Address x, const std::array<Address, 6>& weights, Address out, const ShapeTuple& sizes,
            bool residual, const std::array<int, 2>& activations, int threads) {
           using namespace cpu;
-          const auto& [batch, height, width, inputs, hidden, outputs, stride] = sizes;
-          const InvertedBottleneckShape shape{batch,
-                                              height,
-                                              width,
-                                              inputs,
-                                              hidden,
-                                              outputs,
-                                              stride,
-                                              residual,
-                                              static_cast<Activation>(activations[0]),
-                                              static_cast<Activation>(activations[1])};
+          const InvertedBottleneckShape shape = shape_of(sizes, residual, activations);
           const auto weight = [&](int i) { return pointer<const float>(weights[i]); };
           const InvertedBottleneckWeights all{weight(0), weight(1), weight(2),
                                               weight(3), weight(4), weight(5)};
@@ -40,6 +42,19 @@ KP_BIND(m) {
                            pointer<const float>(x), all, pointer<float>(out), shape, threads),
                        "inverted_bottleneck");
         });
+#ifdef KERNELPOSE_WITH_CUDA
+  m.def("cuda_inverted_bottleneck",
+        [](Address x, const std::array<Address, 6>& weights, Address out, const ShapeTuple& sizes,
+           bool residual, const std::array<int, 2>& activations, int dtype, Address stream) {
+          const cuda::InvertedBottleneckTensors tensors = {
+              pointer(x),          pointer(weights[0]), pointer(weights[1]), pointer(weights[2]),
+              pointer(weights[3]), pointer(weights[4]), pointer(weights[5]), pointer(out)};
+          const py::gil_scoped_release release;
+          check_cuda(cuda::inverted_bottleneck(tensors, shape_of(sizes, residual, activations),
+                                               static_cast<DType>(dtype), stream_of(stream)),
+                     "inverted_bottleneck");
+        });
+#endif
 }
 
 }  // namespace kernelpose::bindings

@@ -44,8 +44,8 @@ def inverted_bottleneck(
         stride: of the depthwise convolution, 1 or 2.
         residual: whether x is added, which takes stride 1 and as many outputs as C.
         activations: act1 and act2, of "none", "relu", "silu".
-        backend: "triton", "cpu" or "eager"; None chooses, see `kernelpose.backend`. Only the last
-            has a gradient: where one is wanted, None chooses "eager".
+        backend: "cuda", "triton", "cpu" or "eager"; None chooses, see `kernelpose.backend`. Only
+            the last has a gradient: where one is wanted, None chooses "eager".
 
     Returns:
         (B, outputs, H / stride, W / stride) rounded up, in x's dtype, of all but "eager" in
@@ -147,6 +147,7 @@ def _run(x: Tensor, *rest: Any) -> Tensor:
         (*x.shape, weights[0].shape[0], out.shape[1], stride),
         residual,
         [_CODES[first], _CODES[second]],
+        *([] if x.is_cpu else [_native.DTYPE_CODES[x.dtype]]),
     )
     return out
 
@@ -176,19 +177,21 @@ def _objection(backend: str, *inputs: Tensor | None, **_: Any) -> str | None:
     x, expand, *_rest, project, _bias = inputs
     assert x is not None and expand is not None and project is not None
     outputs, pixels = project.shape[0], x.shape[2] * x.shape[3]
-    for what, count in (  # a grid's blocks, and numbers of 32 bits
-        ("elements of an image", pixels * max(x.shape[1], outputs)),
-        ("elements of a weight", expand.shape[0] * max(x.shape[1], outputs)),
-        ("pixels of all images", x.shape[0] * pixels),
-    ):
-        if count >= 2**31:
-            return f"it takes fewer than {2**31} {what}, and this has {count}"
+    limits = [  # a grid's blocks, and numbers of 32 bits
+        ("pixels of an image", pixels, 2**30),
+        ("elements of an image", pixels * max(x.shape[1], outputs), 2**31),
+        ("elements of a weight", expand.shape[0] * max(x.shape[1], outputs), 2**31),
+        ("pixels of all images for 128 outputs", x.shape[0] * pixels * (outputs // 128 + 1), 2**31),
+    ]
+    for what, count, limit in limits:
+        if count >= limit:
+            return f"it takes fewer than {limit} {what}, and this has {count}"
     return None
 
 
 def _automatic(x: Tensor) -> tuple[str, ...]:
-    """On a GPU nothing was measured yet."""
-    return {"cuda": ("triton",), "cpu": ("cpu",)}.get(x.device.type, ())
+    """On a GPU nothing was measured yet; CUDA C++ stands first."""
+    return {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}.get(x.device.type, ())
 
 
 def _example(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -204,6 +207,7 @@ register_backends(
     OpSpec(
         name="inverted_bottleneck",
         dtypes={
+            "cuda": _FLOATS,
             "triton": _FLOATS,
             "cpu": (torch.float32,),
             "eager": (*_FLOATS, torch.float64),
