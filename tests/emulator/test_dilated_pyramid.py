@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from kernelpose.reference.dilated_pyramid import dilated_pyramid
 from tests.emulator import build
-from tests.emulator.barriers import barriers
+from tests.emulator.barriers import Right, barriers, check_removal
 from tests.emulator.run import Call, EmulatorError, run
 from tests.ops.test_dilated_pyramid import CASES, Case
 from tests.parity import assert_parity
@@ -66,15 +65,12 @@ def _calls(
     return size, Call("", [_as_it_lies(x), layers, *total, None, *rest]), expected, maps
 
 
-def _run(
-    module: Path, size: Call, call: Call, settings: list[dict[str, Any]] | None = None
-) -> list[list[Any]]:
-    """The arguments after each run."""
+def _ready(module: Path, size: Call, call: Call) -> Call:
+    """The call with the workspace that it needs."""
     (workspace,) = run(module, [size])
     args = [*call.args]
     args[5] = torch.full((workspace.value,), torch.nan, dtype=args[0].dtype)
-    calls = [Call("cuda_dilated_pyramid_forward", args, s) for s in settings or [{}]]
-    return [result.args for result in run(module, calls)]
+    return Call("cuda_dilated_pyramid_forward", args)
 
 
 # The emulator takes seconds for so many blocks.
@@ -96,7 +92,9 @@ def _run(
 def test_parity(name: str, dtype: torch.dtype, module: Path) -> None:
     case = (CASES | MORE)[name]
     size, call, expected, maps = _calls(case, dtype)
-    first, other = _run(module, size, call, [{"seed": s} for s in range(2)])
+    call = _ready(module, size, call)
+    calls = [Call(call.function, call.args, {"seed": s}) for s in range(2)]
+    first, other = (result.args for result in run(module, calls))
     for a, b in zip(first[2:4], other[2:4], strict=True):
         assert not isinstance(a, Tensor) or torch.equal(a, b)
     assert torch.equal(first[0], call.args[0])
@@ -115,7 +113,7 @@ def test_parity(name: str, dtype: torch.dtype, module: Path) -> None:
 def test_last_map_of_the_sum_is_not_written_unless_wanted(module: Path) -> None:
     case = CASES["sum"]
     size, call, expected, _ = _calls(case, torch.float32, keep=False)
-    ((_, _, out, every, *_),) = _run(module, size, call)
+    _, _, out, every, *_ = run(module, [_ready(module, size, call)])[0].args
     assert_parity(out, expected[torch.float32], expected[torch.float64])
     assert every[:, -32:].isnan().all() and not every[:, :-32].isnan().any()
 
@@ -163,11 +161,11 @@ def test_other_dtypes_are_an_error(module: Path) -> None:
     size, call, *_ = _calls(CASES["stem"], torch.float32)
     call = Call("", [*call.args[:-2], 3, 0])
     with pytest.raises(EmulatorError, match="check_cuda"):  # ASan ends where it throws
-        _run(module, size, call)
+        run(module, [_ready(module, size, call)])
 
 
 @pytest.fixture(scope="module")
-def right(module: Path) -> list[tuple[Call, Call, list[Any]]]:
+def right(module: Path) -> Right:
     """Calls that need every barrier, and what they leave when nothing is left out."""
     cases = [
         Case((1, 36, 5, 17), (24, 20), (1, 2), mode="concat", activation="none", tokens=tokens)
@@ -176,8 +174,8 @@ def right(module: Path) -> list[tuple[Call, Call, list[Any]]]:
     cases.append(Case((1, 10, 5, 17), (16,), (80,), activation="none"))
     # The last layer writes twice through the same staging.
     cases.append(Case((1, 8, 5, 17), (24, 24), (1, 2), mode="sum", activation="none"))
-    calls = [_calls(case, torch.float16)[:2] for case in cases]
-    return [(size, call, _run(module, size, call)[0]) for size, call in calls]
+    calls = [_ready(module, *_calls(case, torch.float16)[:2]) for case in cases]
+    return [(call, run(module, [call])[0].args) for call in calls]
 
 
 OWN = [
@@ -190,16 +188,5 @@ OWN = [
 
 
 @pytest.mark.parametrize("barrier", OWN)
-def test_removed_barrier_is_caught(
-    barrier: str, module: Path, right: list[tuple[Call, Call, list[Any]]]
-) -> None:
-    """Without the barrier some call is reported, or leaves something else."""
-    for size, call, after in right:
-        try:
-            (args,) = _run(module, size, call, [{"skip": barrier}])
-        except EmulatorError:
-            return
-        pairs = [(a, b) for a, b in zip(args, after, strict=True) if isinstance(a, Tensor)]
-        if not all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs):
-            return
-    pytest.fail(f"no case needs the barrier at {barrier}")
+def test_removed_barrier_is_caught(barrier: str, module: Path, right: Right) -> None:
+    check_removal(barrier, module, right)
