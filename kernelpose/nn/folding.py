@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -63,6 +64,7 @@ class Folder:
         self._function = function
         self._made: list[tuple[Tensor, ...]] = []
         self._made_of: list[tuple[int, int]] = []  # where each tensor lies, and its version
+        self._tensors: list[Tensor] = []
         self._held: list[Tensor] = []  # lest another tensor come to lie there
 
     def __call__(self, groups: Sequence[Sequence[nn.Module]]) -> list[tuple[Tensor, ...]]:
@@ -73,14 +75,17 @@ class Folder:
             for tensor in (*layer._parameters.values(), *layer._buffers.values())
             if tensor is not None
         ]
-        if not is_plain(*tensors):
+        # Those that it was made of were plain.
+        known = not torch.is_grad_enabled() and len(tensors) == len(self._tensors)
+        known = known and all(map(operator.is_, tensors, self._tensors))
+        if not is_plain(*(() if known else tensors)):
             return [self._function(*layers) for layers in groups]
         made_of = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
         if self._made_of != made_of:
             with torch.inference_mode(False), torch.no_grad(), no_autocast(tensors[0]):
                 self._made = [self._function(*layers) for layers in groups]
                 self._held = [tensor.detach() for tensor in tensors]
-            self._made_of = made_of
+            self._tensors, self._made_of = tensors, made_of
         return self._made
 
     def __reduce__(self) -> tuple[type[Folder], tuple[Any]]:

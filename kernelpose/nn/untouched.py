@@ -27,18 +27,21 @@ def untouched(*layers: nn.Module) -> bool:
     parametrizations), where a hook is registered (pruning, weight norm, whoever looks at what a
     layer gives), or where `forward` was replaced (offloading).
     """
-    return all(type(layer) in _STOCK and "weight" in layer._parameters for layer in layers) and (
-        unhooked(*layers)
-    )
+    for layer in layers:  # loops: these are asked in every call, and generators take twice as long
+        if type(layer) not in _STOCK or "weight" not in layer._parameters:
+            return False
+    return unhooked(*layers)
 
 
 def unhooked(*modules: nn.Module) -> bool:
     """Whether calling these modules calls nothing but the forward of their classes."""
-    return not any(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        for module in modules
-    )
+    for module in modules:
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or "forward" in module.__dict__
+        ):
+            return False
+    return True
