@@ -8,7 +8,7 @@
 #ifdef KERNELPOSE_WITH_CUDA
 #include "cuda/add_layer_norm.h"
 #endif
-namespace kernelpose::bindings {
+namespace kernelpose::bindings::add_layer_norm {
 namespace {
 
 // (rows, channels, eps)
@@ -79,4 +79,4 @@ KP_BIND(m) {
 #endif
 }
 
-}  // namespace kernelpose::bindings
+}  // namespace kernelpose::bindings::add_layer_norm

@@ -4,7 +4,8 @@
 //
 // An op's functions are bound in csrc/bindings/<op>.cpp, one or two a device, named
 // <device>_<op>..., by a KP_BIND block, which registers itself. Each releases the GIL and raises
-// RuntimeError where its kernels could not run.
+// RuntimeError where its kernels could not run. All that the file defines is in a namespace of its
+// name: several such files are compiled as one, since pybind11 takes longer than they.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -9,7 +9,7 @@
 #include "cuda/cascaded_attention.h"
 #endif
 
-namespace kernelpose::bindings {
+namespace kernelpose::bindings::cascaded_attention {
 namespace {
 
 // (batch, height, width, groups, group_width, heads, ratio, eps)
@@ -59,4 +59,4 @@ KP_BIND(m) {
 #endif
 }
 
-}  // namespace kernelpose::bindings
+}  // namespace kernelpose::bindings::cascaded_attention

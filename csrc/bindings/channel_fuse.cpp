@@ -9,7 +9,7 @@
 #include "cuda/channel_fuse.h"
 #endif
 
-namespace kernelpose::bindings {
+namespace kernelpose::bindings::channel_fuse {
 namespace {
 
 // (batch, channels, pixels, channels_last, pairwise)
@@ -61,4 +61,4 @@ KP_BIND(m) {
 #endif
 }
 
-}  // namespace kernelpose::bindings
+}  // namespace kernelpose::bindings::channel_fuse

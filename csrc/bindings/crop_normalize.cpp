@@ -8,7 +8,7 @@
 #include "cuda/crop_normalize.h"
 #endif
 
-namespace kernelpose::bindings {
+namespace kernelpose::bindings::crop_normalize {
 namespace {
 
 // (images, height, width, and in bytes the strides of image, row, pixel and channel)
@@ -82,4 +82,4 @@ KP_BIND(m) {
 #endif
 }
 
-}  // namespace kernelpose::bindings
+}  // namespace kernelpose::bindings::crop_normalize

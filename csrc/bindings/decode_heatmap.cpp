@@ -12,7 +12,7 @@
 #include "cuda/decode_heatmap.h"
 #endif
 
-namespace kernelpose::bindings {
+namespace kernelpose::bindings::decode_heatmap {
 namespace {
 
 // (persons, joints, height, width, mode, udp, weights of the blur along an axis)
@@ -58,4 +58,4 @@ KP_BIND(m) {
 #endif
 }
 
-}  // namespace kernelpose::bindings
+}  // namespace kernelpose::bindings::decode_heatmap

@@ -9,7 +9,7 @@
 #include "cuda/decode_simcc.h"
 #endif
 
-namespace kernelpose::bindings {
+namespace kernelpose::bindings::decode_simcc {
 namespace {
 
 // (persons, joints, bins x, y, split ratio, span x, y)
@@ -47,4 +47,4 @@ KP_BIND(m) {
 #endif
 }
 
-}  // namespace kernelpose::bindings
+}  // namespace kernelpose::bindings::decode_simcc

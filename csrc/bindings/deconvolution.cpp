@@ -4,7 +4,7 @@
 
 #include "bind.h"
 
-namespace kernelpose::bindings {
+namespace kernelpose::bindings::deconvolution {
 namespace {
 
 // (batch, height, width, inputs, outputs)
@@ -37,4 +37,4 @@ KP_BIND(m) {
   });
 }
 
-}  // namespace kernelpose::bindings
+}  // namespace kernelpose::bindings::deconvolution

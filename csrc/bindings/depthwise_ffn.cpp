@@ -4,7 +4,7 @@
 
 #include "bind.h"
 
-namespace kernelpose::bindings {
+namespace kernelpose::bindings::depthwise_ffn {
 namespace {
 
 // (batch, height, width, channels, hidden)
@@ -30,4 +30,4 @@ KP_BIND(m) {
         });
 }
 
-}  // namespace kernelpose::bindings
+}  // namespace kernelpose::bindings::depthwise_ffn

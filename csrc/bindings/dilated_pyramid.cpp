@@ -12,7 +12,7 @@
 #include "cuda/dilated_pyramid.h"
 #endif
 
-namespace kernelpose::bindings {
+namespace kernelpose::bindings::dilated_pyramid {
 namespace {
 
 // (batch, channels, height, width, channels_last, stride, relu, sum)
@@ -100,4 +100,4 @@ KP_BIND(m) {
 #endif
 }
 
-}  // namespace kernelpose::bindings
+}  // namespace kernelpose::bindings::dilated_pyramid

@@ -9,7 +9,7 @@
 #include "cuda/dual_gate.h"
 #endif
 
-namespace kernelpose::bindings {
+namespace kernelpose::bindings::dual_gate {
 namespace {
 
 // (batch, channels, pixels, channels_last, width, hidden)
@@ -74,4 +74,4 @@ KP_BIND(m) {
 #endif
 }
 
-}  // namespace kernelpose::bindings
+}  // namespace kernelpose::bindings::dual_gate

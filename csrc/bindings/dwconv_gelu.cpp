@@ -9,7 +9,7 @@
 #include "cuda/dwconv_gelu.h"
 #endif
 
-namespace kernelpose::bindings {
+namespace kernelpose::bindings::dwconv_gelu {
 namespace {
 
 // (batch, height, width, channels)
@@ -67,4 +67,4 @@ KP_BIND(m) {
 #endif
 }
 
-}  // namespace kernelpose::bindings
+}  // namespace kernelpose::bindings::dwconv_gelu

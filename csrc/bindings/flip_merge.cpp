@@ -11,7 +11,7 @@
 #include "cuda/flip_merge.h"
 #endif
 
-namespace kernelpose::bindings {
+namespace kernelpose::bindings::flip_merge {
 namespace {
 
 // (maps, rows, width, shift)
@@ -47,4 +47,4 @@ KP_BIND(m) {
 #endif
 }
 
-}  // namespace kernelpose::bindings
+}  // namespace kernelpose::bindings::flip_merge

@@ -9,7 +9,7 @@
 #include "cuda/grn.h"
 #endif
 
-namespace kernelpose::bindings {
+namespace kernelpose::bindings::grn {
 namespace {
 
 // (batch, channels, pixels, channels_last, eps)
@@ -60,4 +60,4 @@ KP_BIND(m) {
 #endif
 }
 
-}  // namespace kernelpose::bindings
+}  // namespace kernelpose::bindings::grn

@@ -9,7 +9,7 @@
 #include "cuda/heatmap_loss.h"
 #endif
 
-namespace kernelpose::bindings {
+namespace kernelpose::bindings::heatmap_loss {
 namespace {
 
 // (maps, height, width, ratio x, ratio y, sigma, codec)
@@ -70,4 +70,4 @@ KP_BIND(m) {
 #endif
 }
 
-}  // namespace kernelpose::bindings
+}  // namespace kernelpose::bindings::heatmap_loss

@@ -11,7 +11,7 @@
 #include "cuda/inverted_bottleneck.h"
 #endif
 
-namespace kernelpose::bindings {
+namespace kernelpose::bindings::inverted_bottleneck {
 namespace {
 
 // (batch, height, width, inputs, hidden, outputs, stride)
@@ -57,4 +57,4 @@ KP_BIND(m) {
 #endif
 }
 
-}  // namespace kernelpose::bindings
+}  // namespace kernelpose::bindings::inverted_bottleneck

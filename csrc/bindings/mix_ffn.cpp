@@ -7,7 +7,7 @@
 
 #include "bind.h"
 
-namespace kernelpose::bindings {
+namespace kernelpose::bindings::mix_ffn {
 namespace {
 
 // (batch, height, width, inputs, hidden, outputs)
@@ -34,4 +34,4 @@ KP_BIND(m) {
   });
 }
 
-}  // namespace kernelpose::bindings
+}  // namespace kernelpose::bindings::mix_ffn

@@ -12,7 +12,7 @@
 #include "cuda/multi_granularity.h"
 #endif
 
-namespace kernelpose::bindings {
+namespace kernelpose::bindings::multi_granularity {
 namespace {
 
 // (batch, channels, pixels, channels_last, width, groups)
@@ -96,4 +96,4 @@ KP_BIND(m) {
 #endif
 }
 
-}  // namespace kernelpose::bindings
+}  // namespace kernelpose::bindings::multi_granularity

@@ -9,7 +9,7 @@
 #include "cuda/reduced_attention.h"
 #endif
 
-namespace kernelpose::bindings {
+namespace kernelpose::bindings::reduced_attention {
 namespace {
 
 // (batch, queries, keys, heads, head_dim, scale)
@@ -67,4 +67,4 @@ KP_BIND(m) {
 #endif
 }
 
-}  // namespace kernelpose::bindings
+}  // namespace kernelpose::bindings::reduced_attention

@@ -9,7 +9,7 @@
 #include "cuda/spatial_gate.h"
 #endif
 
-namespace kernelpose::bindings {
+namespace kernelpose::bindings::spatial_gate {
 namespace {
 
 // (batch, channels, pixels, channels_last, groups, limit, eps)
@@ -68,4 +68,4 @@ KP_BIND(m) {
 #endif
 }
 
-}  // namespace kernelpose::bindings
+}  // namespace kernelpose::bindings::spatial_gate

@@ -7,7 +7,7 @@
 
 #include "bind.h"
 
-namespace kernelpose::bindings {
+namespace kernelpose::bindings::sr_attention {
 namespace {
 
 // (batch, height, width, channels, heads, ratio, eps)
@@ -30,4 +30,4 @@ KP_BIND(m) {
   });
 }
 
-}  // namespace kernelpose::bindings
+}  // namespace kernelpose::bindings::sr_attention

@@ -9,7 +9,7 @@
 #include "cuda/window_attention.h"
 #endif
 
-namespace kernelpose::bindings {
+namespace kernelpose::bindings::window_attention {
 namespace {
 
 // (batch, height, width, heads, head_dim, window h, w, shift h, w, grid, pooled, scale)
@@ -84,4 +84,4 @@ KP_BIND(m) {
 #endif
 }
 
-}  // namespace kernelpose::bindings
+}  // namespace kernelpose::bindings::window_attention

@@ -4,7 +4,7 @@
 
 #include "bind.h"
 
-namespace kernelpose::bindings {
+namespace kernelpose::bindings::winograd_conv {
 namespace {
 
 // (batch, inputs, outputs, height, width, groups)
@@ -28,4 +28,4 @@ KP_BIND(m) {
         });
 }
 
-}  // namespace kernelpose::bindings
+}  // namespace kernelpose::bindings::winograd_conv

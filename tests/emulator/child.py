@@ -18,6 +18,7 @@ def load(path: str) -> Callable[[str], Callable[..., Any]]:
     """Functions by name, of a Python extension module or of a plain library."""
     name, *suffix = Path(path).name.split(".")
     if suffix != ["so"]:
+        sys.setdlopenflags(os.RTLD_LAZY)  # functions that nobody calls may be missing
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
