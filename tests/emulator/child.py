@@ -1,11 +1,18 @@
-"""The process under the sanitizers: LIBRARY CALLS RESULTS, see run.py. Imports numpy alone."""
+"""The process under the sanitizers, LIBRARY, see run.py. Imports numpy alone.
+
+Reads requests from standard input, each a line of JSON: the files of the calls, of their results
+and of what goes wrong, and the seconds they may take. Answers each by a fork of its own, which has
+the library loaded already, and writes how that exited.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
+import json
 import os
 import pickle
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -58,9 +65,7 @@ def each(function: Callable[[Any], Any], given: Any) -> Any:
     return [each(function, g) for g in given] if isinstance(given, list) else function(given)
 
 
-def main() -> None:
-    library, given, answer = sys.argv[1:]
-    functions = load(library)
+def answer(functions: Callable[[str], Callable[..., Any]], given: str, results_file: str) -> None:
     results = []
     for name, args, settings in pickle.loads(Path(given).read_bytes()):
         passed = each(lambda a: DeviceMemory(a) if isinstance(a, np.ndarray) else a, list(args))
@@ -70,7 +75,21 @@ def main() -> None:
             del os.environ[setting]
         after = each(lambda a: a.contents() if isinstance(a, DeviceMemory) else a, passed)
         results.append((value, after))
-    Path(answer).write_bytes(pickle.dumps(results))
+    Path(results_file).write_bytes(pickle.dumps(results))
+
+
+def main() -> None:
+    (library,) = sys.argv[1:]
+    functions = load(library)
+    for line in sys.stdin:
+        given, results, report, seconds = json.loads(line)
+        process = os.fork()
+        if process == 0:
+            os.dup2(os.open(report, os.O_WRONLY | os.O_CREAT), 2)
+            signal.alarm(seconds)
+            answer(functions, given, results)
+            os._exit(0)  # an exception leaves the loop, and the process, as well
+        print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
 
 
 if __name__ == "__main__":

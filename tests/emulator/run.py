@@ -5,6 +5,8 @@ The calling process stays clean: tensors travel through files, references are co
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import pickle
 import subprocess
@@ -47,27 +49,40 @@ class Result:
     args: list[Any]
 
 
-def run(library: Path, calls: Sequence[Call], timeout: float = 300) -> list[Result]:
+def run(library: Path, calls: Sequence[Call], timeout: int = 300) -> list[Result]:
     """Run `calls` one after another in one process; EmulatorError if any of them is stopped."""
+    process = _child(library)
+    assert process.stdin is not None and process.stdout is not None
     with tempfile.TemporaryDirectory() as folder:
-        given, answer = Path(folder, "calls"), Path(folder, "results")
+        given, answer, report = (Path(folder, name) for name in ("calls", "results", "report"))
         given.write_bytes(pickle.dumps([_encode(call) for call in calls]))
-        env = {k: v for k, v in os.environ.items() if not k.startswith("KERNELPOSE_EMULATOR_")}
-        env |= {
-            "LD_PRELOAD": build.asan_library(),
-            "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
-            "UBSAN_OPTIONS": "print_stacktrace=1",
-            "PYTHONMALLOC": "malloc",
-        }
-        command = [sys.executable, str(CHILD), str(library), str(given), str(answer)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
-        if done.returncode != 0:
-            raise EmulatorError(done.stderr.strip())
+        request = json.dumps([str(given), str(answer), str(report), timeout])
+        print(request, file=process.stdin, flush=True)
+        status = process.stdout.readline()
+        assert status, f"{library} does not load"
+        if int(status) != 0:
+            raise EmulatorError(report.read_text().strip())
         results = pickle.loads(answer.read_bytes())
     return [
         Result(value, [_tensor(a, b) for a, b in zip(call.args, arrays, strict=True)])
         for call, (value, arrays) in zip(calls, results, strict=True)
     ]
+
+
+@functools.cache
+def _child(library: Path) -> subprocess.Popen[str]:
+    """One for all calls: to load the library takes longer than most of them."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("KERNELPOSE_EMULATOR_")}
+    env |= {
+        "LD_PRELOAD": build.asan_library(),
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "PYTHONMALLOC": "malloc",
+    }
+    command = [sys.executable, str(CHILD), str(library)]
+    return subprocess.Popen(
+        command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
 
 
 def same(left: Sequence[Any], right: Sequence[Any]) -> bool:

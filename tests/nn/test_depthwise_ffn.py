@@ -54,7 +54,8 @@ def one_by_one(x: Tensor, made: Block) -> Tensor:
     return y + norm2(project(norm1(expand(y)).relu()))
 
 
-def check_parity(name: str) -> None:
+@pytest.mark.parametrize("name", CASES)
+def test_parity(name: str, poisoned: None) -> None:
     batch, channels, hidden, size = CASES[name]
     made = block(channels, hidden)
     x = torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(1))
@@ -71,11 +72,6 @@ def check_parity(name: str) -> None:
         for same in (x.contiguous(memory_format=torch.channels_last), padded):
             assert torch.equal(fused(same, layers(made)), found)
     assert torch.equal(x, before)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_parity(name: str, poisoned: None) -> None:
-    check_parity(name)
 
 
 def test_deterministic_whatever_the_threads() -> None:
