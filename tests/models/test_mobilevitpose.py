@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernelpose
+from kernelpose.backend import OPS
 from kernelpose.models import MobileViT, MobileViTPose
 from kernelpose.models.counting import count
 from kernelpose.nn.mobilevit_block import VARIANTS
+from kernelpose.ops import inverted_bottleneck
 from tests.nn.test_mobilevit_block import shaken
 
 TINY: dict[str, Any] = {
@@ -135,3 +138,27 @@ def test_a_decoder_a_data_set() -> None:
 def test_refusals(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny(**options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_gpus_kernels_take_every_inverted_residual(
+    variant: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What each gives to its op has one dtype and no objection, in inference."""
+    backbone = tiny(variant=variant).eval().backbone.to(dtype)
+    spec = OPS["inverted_bottleneck"]
+    calls: list[set[torch.dtype]] = []
+
+    def spy(*tensors: Tensor, **options: Any) -> Tensor:
+        calls.append({t.dtype for t in tensors})
+        for backend in ("cuda", "triton"):
+            assert dtype in spec.dtypes[backend] and backend in spec.automatic(gpu)
+            assert spec.objection(backend, *tensors, **options) is None
+        return inverted_bottleneck(*tensors, **options)
+
+    gpu: Any = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(kernelpose.ops, "inverted_bottleneck", spy)
+    with torch.no_grad():
+        found = backbone(image(1).to(dtype))
+    assert found.dtype == dtype and calls == 7 * [{dtype}]
