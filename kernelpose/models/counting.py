@@ -16,20 +16,16 @@ import torch
 from torch import nn
 
 from kernelpose.backend import backend
-from kernelpose.models.mobilevit import InvertedResidual
 from kernelpose.nn import (
     GRN,
-    SRU,
     CascadedGroupSRAttention,
-    ConvNorm,
     DilatedPyramid,
     HRPMv2,
-    LocalPerception,
-    MixFFN,
     SRAttention,
     WindowAttention,
 )
 from kernelpose.nn.mobilevit_block import PATCH, StridedAttention
+from kernelpose.nn.multi_scale import ChannelAttention
 
 
 @dataclass(frozen=True)
@@ -65,17 +61,17 @@ def count(model: nn.Module, image_size: tuple[int, int] = (256, 192), **inputs: 
     def hook(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         nonlocal layers, extra, attention
         macs, beside = _layer_cost(module, arguments[0], output)
-        fused = fused_cost(module, *arguments)
-        layers += macs + fused.layers
-        extra += beside + fused.beside
-        attention += fused.attention
+        functional = functional_cost(module, *arguments)
+        layers += macs
+        extra += beside + functional.beside
+        attention += functional.attention
 
     handles = [module.register_forward_hook(hook) for module in model.modules()]
     weight = next(model.parameters())
     training = model.training
     try:
         model.eval()
-        # Eager layers are modules that the hook sees.
+        # A layer with a hook is called, and no kernel does its work.
         with torch.no_grad(), backend("eager"):
             model(
                 torch.zeros(1, 3, *image_size, device=weight.device, dtype=weight.dtype), **inputs
@@ -105,25 +101,24 @@ def _layer_cost(module: nn.Module, x: torch.Tensor, y: Any) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Fused:
+class Functional:
     """What a module does without calling modules of its own; see `Count` for what each counts.
 
     beside: what `hooked` adds to `layers`.
     """
 
-    layers: int = 0
     beside: int = 0
     attention: int = 0
 
 
 @singledispatch
-def fused_cost(module: object, *arguments: Any) -> Fused:
-    """Of one forward of a module with these arguments; modules around fused ops register theirs."""
-    return Fused()
+def functional_cost(module: object, *arguments: Any) -> Functional:
+    """Of one forward of a module with these arguments."""
+    return Functional()
 
 
-@fused_cost.register
-def _(module: WindowAttention, x: torch.Tensor) -> Fused:
+@functional_cost.register
+def _(module: WindowAttention, x: torch.Tensor) -> Functional:
     rows, columns, dim = x.shape[1:]
     window = module.window or (rows, columns)
     inside = window[0] * window[1]
@@ -132,95 +127,45 @@ def _(module: WindowAttention, x: torch.Tensor) -> Fused:
     keys = windows if module.partition == "grid" else inside
     if module.pooled:
         keys += windows
-    return Fused(attention=2 * x[..., 0].numel() * keys * dim)
+    return Functional(attention=2 * x[..., 0].numel() * keys * dim)
 
 
-@fused_cost.register
-def _(module: SRU, x: torch.Tensor) -> Fused:
-    return Fused(beside=2 * x.numel())  # its GroupNorm
-
-
-@fused_cost.register
-def _(module: GRN, x: torch.Tensor) -> Fused:
-    return Fused(beside=2 * x.numel())
-
-
-@fused_cost.register
-def _(module: LocalPerception, x: torch.Tensor) -> Fused:
-    places, channels = x.numel() // x.shape[1], x.shape[1]
-    maps = (module.conv_7x7, module.conv_5x5, module.conv_3x3, module.conv_1x1_final1)
-    layers = places * sum(conv.weight.numel() for conv in (*maps, module.SA.conv1))
-    beside = sum(places * conv.out_channels for conv in maps)
-    # The channel gate runs on two vectors, means and maxima.
-    vectors, hidden = 2 * x.shape[0], module.CA.fc1.out_channels
-    return Fused(layers + vectors * 2 * channels * hidden, beside + vectors * hidden)
-
-
-@fused_cost.register
-def _(module: SRAttention, x: torch.Tensor, feat_size: tuple[int, int]) -> Fused:
-    keys = math.prod(side // module.sr_ratio for side in feat_size)
-    return Fused(attention=2 * x.numel() * keys)
-
-
-@fused_cost.register
-def _(module: MixFFN, x: torch.Tensor, feat_size: tuple[int, int]) -> Fused:
-    places = x.numel() // x.shape[2]
-    weight = module.dwconv.weight
-    return Fused(places * weight.numel(), places * weight.shape[0])
-
-
-@fused_cost.register
-def _(module: DilatedPyramid, x: torch.Tensor) -> Fused:
-    rows, columns = (-(-side // module.stride) for side in x.shape[2:])
-    weights = [conv.weight for conv, _ in module.pairs()]
-    places = x.shape[0] * rows * columns
-    # Folded, yet counted as it stands: a BatchNorm and a ReLU of each map.
-    outputs = sum(weight.shape[0] for weight in weights)
-    return Fused(places * sum(weight.numel() for weight in weights), 3 * places * outputs)
-
-
-@fused_cost.register
-def _(module: HRPMv2, x: torch.Tensor, feat_size: tuple[int, int]) -> Fused:
-    places = x.numel() // x.shape[2]
-    layers = places * (module.up.weight.numel() + module.down.weight.numel())
-    # BatchNorm and ReLU at four times the places, BatchNorm at theirs.
-    return Fused(layers, places * (12 * module.up.out_channels + 2 * module.down.out_channels))
-
-
-@fused_cost.register
-def _(module: ConvNorm, x: torch.Tensor) -> Fused:
-    return _folded(module.conv, x)
-
-
-def _folded(conv: nn.Conv2d, x: torch.Tensor) -> Fused:
-    """Of a padded convolution of x and the BatchNorm folded into it, counted as they stand."""
-    rows, columns = (-(-side // conv.stride[0]) for side in x.shape[2:])
-    places = x.shape[0] * rows * columns
-    return Fused(places * conv.weight.numel(), 2 * places * conv.out_channels)
-
-
-@fused_cost.register
-def _(module: InvertedResidual, x: torch.Tensor) -> Fused:
-    first, second, third = (conv for conv, _ in module.pairs())
-    stride = second.stride[0]
-    parts = [_folded(first, x), _folded(second, x), _folded(third, x[..., ::stride, ::stride])]
-    return Fused(sum(part.layers for part in parts), sum(part.beside for part in parts))
-
-
-@fused_cost.register
-def _(module: StridedAttention, x: torch.Tensor) -> Fused:
+@functional_cost.register
+def _(module: StridedAttention, x: torch.Tensor) -> Functional:
     rows, columns = (-(-side // patch) for side, patch in zip(x.shape[1:3], PATCH, strict=True))
     width = module.w_out.in_features
-    return Fused(attention=2 * x[..., 0].numel() * rows * columns * width)
+    return Functional(attention=2 * x[..., 0].numel() * rows * columns * width)
 
 
-@fused_cost.register
-def _(module: CascadedGroupSRAttention, x: torch.Tensor) -> Fused:
-    batch, dim, *size = x.shape
-    keys = math.prod(side // module.sr_ratio for side in size)
-    width = dim // len(module.groups)
-    # Each place is reduced once, and has a query and an output; each key has keys and values.
-    layers = x.numel() * (1 + 2 * width) + 2 * batch * keys * dim * width
-    # Norms and biases: of queries and outputs; of keys and values, beside the reduction's bias.
-    beside = (4 + 2) * x.numel() + (4 + 2 + 1) * batch * keys * dim
-    return Fused(layers, beside, 2 * x.numel() * keys)
+@functional_cost.register
+def _(module: SRAttention, x: torch.Tensor, feat_size: tuple[int, int]) -> Functional:
+    keys = math.prod(side // module.sr_ratio for side in feat_size)
+    return Functional(attention=2 * x.numel() * keys)
+
+
+@functional_cost.register
+def _(module: CascadedGroupSRAttention, x: torch.Tensor) -> Functional:
+    keys = math.prod(side // module.sr_ratio for side in x.shape[2:])
+    return Functional(attention=2 * x.numel() * keys)
+
+
+@functional_cost.register
+def _(module: GRN, x: torch.Tensor) -> Functional:
+    return Functional(beside=2 * x.numel())
+
+
+@functional_cost.register
+def _(module: ChannelAttention, x: torch.Tensor) -> Functional:
+    return Functional(beside=2 * x.shape[0] * module.fc1.out_channels)  # ReLU, of two vectors
+
+
+@functional_cost.register
+def _(module: DilatedPyramid, x: torch.Tensor) -> Functional:
+    rows, columns = (-(-side // module.stride) for side in x.shape[2:])
+    outputs = sum(conv.out_channels for conv, _ in module.pairs())
+    return Functional(beside=x.shape[0] * rows * columns * outputs)  # ReLU
+
+
+@functional_cost.register
+def _(module: HRPMv2, x: torch.Tensor, feat_size: tuple[int, int]) -> Functional:
+    return Functional(beside=4 * x.shape[0] * x.shape[1] * module.up.out_channels)  # ReLU
