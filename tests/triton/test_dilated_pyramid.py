@@ -18,7 +18,7 @@ from tests.triton.aot import compile_all
 
 # The interpreter computes bfloat16 wrongly; tests/ops has it where a GPU is.
 DTYPES = [torch.float32, torch.float16]
-LARGE = ("large", "large-tokens")
+LARGE = ("large", "large-tokens", "winograd", "winograd-tokens")  # the last two for a CPU's way
 NAMES = [
     pytest.param(name, marks=pytest.mark.full if name in LARGE else ())
     for name, case in CASES.items()
