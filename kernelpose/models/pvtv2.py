@@ -40,7 +40,8 @@ class PatchEmbed(nn.Module):
         self._packed = PackedConv()
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens: Tensor = self.norm(self._packed(x, self.proj).permute(0, 2, 3, 1))
+        y = self._packed(x, self.proj) if self._packed.suits(x, self.proj) else self.proj(x)
+        tokens: Tensor = self.norm(y.permute(0, 2, 3, 1))
         return tokens
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernelpose.nn.folding import Folder, can_fold, fold
+from kernelpose.nn.packed_conv import PackedConv
 from kernelpose.nn.packed_linear import can_pack, pack, packed_linear
 from kernelpose.nn.untouched import unhooked, untouched
 from kernelpose.nn.winograd import WinogradConv
@@ -18,9 +19,8 @@ class ConvNorm(nn.Module):
     """act(BN(conv(x))): (B, C, H, W) -> (B, out_channels, H / stride, W / stride).
 
     The convolution has no bias and pads with half its kernel. In eval mode the norm is folded into
-    it, and of a 1x1 convolution on a CPU ReLU and the residual, too; a dense 3x3 one of stride 1 is
-    a `WinogradConv` there. Maps in channels_last memory
-    stay so.
+    it. On a CPU a 1x1 convolution, ReLU and the residual are then one call, a 3x3 one of stride 1
+    is a `WinogradConv`, another dense one a `PackedConv`. Maps in channels_last memory stay so.
 
     Args:
         in_channels: C.
@@ -63,6 +63,7 @@ class ConvNorm(nn.Module):
         self._folder = Folder()
         self._packer = Folder(_fold_and_pack)
         self._winograd = WinogradConv()
+        self._packed = PackedConv()
 
     @property
     def pair(self) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
@@ -78,6 +79,8 @@ class ConvNorm(nn.Module):
             return packed_linear(_tokens(x), weight, bias, relu, more).permute(0, 3, 1, 2)
         if self._winograd.suits(x, *self.pair):
             y = self._winograd(x, *self.pair)
+        elif self._packed.suits(x, *self.pair) and self.conv.groups == 1:
+            y = self._packed(x, *self.pair)
         else:
             y = conv_norm(x, *self.pair, self._folder)
         if self.act is not None:

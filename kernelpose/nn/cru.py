@@ -6,12 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from kernelpose import ops
-from kernelpose.backend import core_unasked
 from kernelpose.nn.folding import Folder
+from kernelpose.nn.inference import core_infers
 from kernelpose.nn.multi_scale import bias_of
 from kernelpose.nn.untouched import untouched
 from kernelpose.ops import _winograd
-from kernelpose.ops._register import is_plain
 
 
 class CRU(nn.Module):
@@ -85,10 +84,8 @@ class CRU(nn.Module):
         return (
             not self.training
             and untouched(grouped, *pointwise)
-            and is_plain(x, grouped.weight, grouped.bias, *(layer.weight for layer in pointwise))
-            and not torch.is_autocast_enabled("cpu")
+            and core_infers(x, grouped.weight, grouped.bias, *(p.weight for p in pointwise))
             and _winograd.suits(x, grouped.weight, grouped.groups)
-            and core_unasked()
         )
 
     def _inferred(self, x: Tensor) -> tuple[Tensor, Tensor]:

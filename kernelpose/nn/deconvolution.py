@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kernelpose import _native
-from kernelpose.backend import core_unasked
 from kernelpose.nn.folding import Folder, can_fold, fold
+from kernelpose.nn.inference import core_infers
 from kernelpose.nn.untouched import unhooked, untouched
-from kernelpose.ops._register import is_plain
 
 
 class DeconvNormRelu:
@@ -31,11 +29,8 @@ class DeconvNormRelu:
         assert isinstance(deconv, nn.ConvTranspose2d) and isinstance(norm, _BatchNorm)
         tensors = (x, deconv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var)
         return (
-            is_plain(*tensors)
-            and can_fold([norm])
-            and core_unasked()
-            and all(t is not None and t.is_cpu and t.dtype == torch.float32 for t in tensors)
-            and not torch.is_autocast_enabled("cpu")
+            can_fold([norm])
+            and core_infers(*tensors)
             and x.ndim == 4
             and x.shape[1] == deconv.in_channels
         )

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from kernelpose import _native
-from kernelpose.backend import core_unasked
 from kernelpose.nn.conv_norm import ConvNorm
 from kernelpose.nn.folding import Folder, can_fold, fold
-from kernelpose.ops._register import is_plain
+from kernelpose.nn.inference import core_infers
 
 _MULTIPLE = 32  # what channels and hidden width are divided by, on any CPU
 
@@ -44,13 +43,8 @@ class DepthwiseFFN:
         weights = [conv.weight for conv, _ in pairs]
         channels, hidden = project.conv.out_channels, project.conv.in_channels
         return (
-            is_plain(x, *weights)
-            and core_unasked()
-            and x.is_cpu
-            and x.dtype == torch.float32
-            and all(weight.is_cpu and weight.dtype == torch.float32 for weight in weights)
+            core_infers(x, *weights)
             and can_fold([norm for _, norm in pairs])
-            and not torch.is_autocast_enabled("cpu")
             and channels % _MULTIPLE == hidden % _MULTIPLE == 0
             and x.ndim == 4
             and x.shape[1] == channels

@@ -9,10 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kernelpose.backend import core_unasked
-from kernelpose.nn.folding import Folder
+from kernelpose.nn.folding import Folder, can_fold, fold
+from kernelpose.nn.inference import core_infers
 from kernelpose.nn.untouched import untouched
-from kernelpose.ops._register import is_plain
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and all(
     hasattr(torch.ops.mkldnn, name)
@@ -21,39 +20,38 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and all(
 
 
 class PackedConv:
-    """conv(x), for inference: without what oneDNN does to a large weight in every call, which takes
-    as long as the convolution of a small map. A copy of the weight is kept until it changes."""
+    """conv(x), or norm(conv(x)), for inference: without what oneDNN does to a large weight in every
+    call, which takes as long as the convolution of a small map.
+
+    In float32 on a CPU, of maps (B, C, H, W) in channels_last memory, where neither a gradient nor
+    a graph is wanted and no backend is named. The norm is folded, and a copy of the weight is kept
+    until it changes.
+    """
 
     def __init__(self) -> None:
         self._folder = Folder(_pack)
 
-    def __call__(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
-        """x (B, C, H, W); anything but float32 in channels_last memory is left to conv itself."""
-        if not (untouched(conv) and _can_pack(x, conv)):
-            y: Tensor = conv(x)
-        else:
-            ((weight,),) = self._folder([(conv,)])
-            y = torch.ops.mkldnn._convolution_pointwise(
-                x, weight, conv.bias, *_geometry(conv), "none", [], ""
-            )
+    def suits(self, x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d | None = None) -> bool:
+        """Whether that is so."""
+        return (
+            _HAS_ONEDNN
+            and untouched(conv)
+            and (norm is None or (untouched(norm) and can_fold([norm])))
+            and core_infers(x, conv.weight, conv.bias)
+            and x.ndim == 4
+            and x.shape[1] == conv.in_channels
+            and x.numel() > 0
+            and x.is_contiguous(memory_format=torch.channels_last)
+            and bool(torch.backends.mkldnn.enabled)
+            and conv.padding_mode == "zeros"
+        )
+
+    def __call__(self, x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d | None = None) -> Tensor:
+        ((weight, *bias),) = self._folder([(conv,) if norm is None else (conv, norm)])
+        y: Tensor = torch.ops.mkldnn._convolution_pointwise(
+            x, weight, bias[0] if bias else None, *_geometry(conv), "none", [], ""
+        )
         return y
-
-
-def _can_pack(x: Tensor, conv: nn.Conv2d) -> bool:
-    return (
-        _HAS_ONEDNN
-        and is_plain(x, conv.weight, conv.bias)
-        and x.is_cpu
-        and x.dtype == conv.weight.dtype == torch.float32
-        and x.ndim == 4
-        and x.shape[1] == conv.in_channels
-        and x.numel() > 0
-        and x.is_contiguous(memory_format=torch.channels_last)
-        and core_unasked()
-        and bool(torch.backends.mkldnn.enabled)
-        and not torch.is_autocast_enabled("cpu")
-        and conv.padding_mode == "zeros"
-    )
 
 
 def _geometry(conv: nn.Conv2d) -> tuple[list[int], list[int], list[int], int]:
@@ -61,5 +59,8 @@ def _geometry(conv: nn.Conv2d) -> tuple[list[int], list[int], list[int], int]:
     return list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups
 
 
-def _pack(conv: nn.Conv2d) -> tuple[Tensor]:
-    return (torch.ops.mkldnn._reorder_convolution_weight(conv.weight, *_geometry(conv)),)
+def _pack(conv: nn.Conv2d, norm: nn.BatchNorm2d | None = None) -> tuple[Tensor, ...]:
+    """Weight and bias, if any."""
+    weight, bias = (conv.weight, conv.bias) if norm is None else fold(conv, norm)
+    packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *_geometry(conv))
+    return (packed,) if bias is None else (packed, bias)

@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernelpose.backend import core_unasked
-from kernelpose.ops._register import is_plain
+from kernelpose.nn.inference import core_infers
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and all(
     hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise")
@@ -21,14 +20,10 @@ def can_pack(tokens: Tensor, weight: Tensor) -> bool:
     """Whether `packed_linear` may run: in inference, untraced, where no backend is named."""
     return (
         _HAS_ONEDNN
-        and is_plain(tokens, weight)
-        and tokens.is_cpu
-        and tokens.dtype == weight.dtype == torch.float32
+        and core_infers(tokens, weight)
         and tokens.is_contiguous()
         and tokens.numel() > 0
-        and core_unasked()
         and bool(torch.backends.mkldnn.enabled)
-        and not torch.is_autocast_enabled("cpu")
     )
 
 

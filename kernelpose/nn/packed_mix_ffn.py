@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernelpose import _native
-from kernelpose.backend import core_unasked
 from kernelpose.nn.folding import Folder
+from kernelpose.nn.inference import core_infers
 from kernelpose.nn.panels import panels
-from kernelpose.ops._register import is_plain
 
 _MULTIPLE = 16  # what outputs are divided by: whole vectors of any CPU
 
@@ -32,12 +30,7 @@ class PackedMixFFN:
         """Whether that is so; dwconv is of kernel 3, stride 1 and padding 1."""
         parameters = (fc1.weight, fc1.bias, dwconv.weight, dwconv.bias, fc2.weight, fc2.bias)
         return (
-            is_plain(x, *parameters)
-            and core_unasked()
-            and all(
-                t is not None and t.is_cpu and t.dtype == torch.float32 for t in (x, *parameters)
-            )
-            and not torch.is_autocast_enabled("cpu")
+            core_infers(x, *parameters)
             and x.ndim == 3
             and x.shape[1:] == (size[0] * size[1], fc1.in_features)
             and fc2.out_features % _MULTIPLE == 0

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from kernelpose import _native
-from kernelpose.backend import core_unasked
 from kernelpose.nn.folding import Folder
+from kernelpose.nn.inference import core_infers
 from kernelpose.nn.panels import panels
-from kernelpose.ops._register import is_plain
 
 _MULTIPLE = 16  # what channels of a head are divided by: whole vectors of any CPU
 _MAX_HEAD_DIM = 128
@@ -39,10 +38,7 @@ class PackedSRAttention:
         parameters = [p for layer in (*layers, *(reduction or ())) for p in layer.parameters()]
         channels = layers[0].in_features
         return (
-            is_plain(x, *parameters)
-            and core_unasked()
-            and all(t.is_cpu and t.dtype == torch.float32 for t in (x, *parameters))
-            and not torch.is_autocast_enabled("cpu")
+            core_infers(x, *parameters)
             and x.ndim == 3
             and x.shape[1:] == (size[0] * size[1], channels)
             and x.shape[1] > 0

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from kernelpose.backend import core_unasked
 from kernelpose.nn.folding import Folder, can_fold, fold
+from kernelpose.nn.inference import core_infers
 from kernelpose.nn.multi_scale import bias_of
 from kernelpose.nn.untouched import untouched
 from kernelpose.ops import _winograd
-from kernelpose.ops._register import is_plain
 
 
 class WinogradConv:
@@ -33,12 +31,10 @@ class WinogradConv:
             and (norm is not None or conv.bias is not None)
             and conv.padding == conv.dilation == (1, 1)
             and (norm is None or (untouched(norm) and can_fold([norm])))
-            and is_plain(x, conv.weight)
+            and core_infers(x, conv.weight)
             and x.ndim == 4
             and x.shape[1] == conv.in_channels
             and _winograd.suits(x, conv.weight, 1)
-            and core_unasked()
-            and not torch.is_autocast_enabled("cpu")
         )
 
     def __call__(self, x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d | None = None) -> Tensor:
