@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import copy
 import pickle
-from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import kernelpose
-from kernelpose import _native
 from kernelpose.models.decoders import ClassicDecoder
 from kernelpose.nn.deconvolution import DeconvNormRelu
+from tests.nn.inference import calls_of, check_deterministic, check_who_gets_it
 from tests.parity import assert_parity
 
 # (batch, C, outputs, (h, w))
@@ -66,16 +64,8 @@ def test_parity(name: str, poisoned: None) -> None:
 
 def test_deterministic_whatever_the_threads() -> None:
     deconv, norm = layers(24, 130)
-    x, before = torch.randn(3, 24, 13, 17), torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3, 16):
-            torch.set_num_threads(threads)
-            with torch.inference_mode():
-                results.append(DeconvNormRelu()(x, deconv, norm))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(other, results[0]) for other in results[1:])
+    x = torch.randn(3, 24, 13, 17)
+    check_deterministic(lambda: DeconvNormRelu()(x, deconv, norm))
 
 
 def decoder() -> ClassicDecoder:
@@ -87,37 +77,14 @@ def decoder() -> ClassicDecoder:
     return made
 
 
-def calls(function: Any) -> tuple[Tensor, int]:
-    """A result, and how many deconvolutions the core ran for it."""
-    with mock.patch.object(_native, "call", wraps=_native.call) as call:
-        found = function()
-    return found, sum(each.args[0] == "deconvolution" for each in call.call_args_list)
+calls = calls_of("deconvolution")
 
 
 def test_who_gets_it() -> None:
-    """Inference in float32 alone: no gradient, no autocast, no other type, no named backend."""
     model, x = decoder(), torch.randn(2, 8, 4, 3)
+    check_who_gets_it(calls, 2, model, x)
     with torch.no_grad():
-        found, ran = calls(lambda: model(x))
-        assert ran == 2
-        with kernelpose.backend("eager"):
-            expected, ran = calls(lambda: model(x))
-            assert ran == 0
-        torch.testing.assert_close(found, expected)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert calls(lambda: model(x))[1] == 0
-        for dtype in (torch.bfloat16, torch.float64):
-            other = copy.deepcopy(model).to(dtype)
-            halved, ran = calls(lambda other=other, dtype=dtype: other(x.to(dtype)))
-            assert ran == 0 and halved.dtype == dtype
-        assert calls(lambda: copy.deepcopy(model).train()(x))[1] == 0
-    with_gradient, ran = calls(lambda: model(x))
-    assert ran == 0
-    with_gradient.sum().backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
-    compiled, ran = calls(lambda: torch.compile(model, fullgraph=True, backend="eager")(x))
-    assert ran == 0
-    torch.testing.assert_close(compiled, expected)
+        assert calls(lambda: model.train()(x))[1] == 0
 
 
 def test_what_was_packed_goes_stale() -> None:

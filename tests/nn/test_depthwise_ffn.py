@@ -5,18 +5,16 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
-from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import kernelpose
-from kernelpose import _native
 from kernelpose.models.hevitpose import Block
 from kernelpose.nn.depthwise_ffn import DepthwiseFFN
+from tests.nn.inference import calls_of, check_deterministic, check_who_gets_it
 from tests.parity import assert_parity
 
 # (batch, C, hidden, (h, w))
@@ -75,53 +73,21 @@ def test_parity(name: str, poisoned: None) -> None:
 
 
 def test_deterministic_whatever_the_threads() -> None:
-    made = block(64, 96)
-    x, before = torch.randn(3, 64, 13, 17), torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3, 16):
-            torch.set_num_threads(threads)
-            with torch.inference_mode():
-                results.append(DepthwiseFFN()(x, layers(made)))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(other, results[0]) for other in results[1:])
+    made, x = block(64, 96), torch.randn(3, 64, 13, 17)
+    check_deterministic(lambda: DepthwiseFFN()(x, layers(made)))
 
 
-def calls(function: Callable[[], Tensor]) -> tuple[Tensor, int]:
-    """A result, and how many half blocks the core ran for it."""
-    with mock.patch.object(_native, "call", wraps=_native.call) as call:
-        found = function()
-    return found, sum(each.args[0] == "depthwise_ffn" for each in call.call_args_list)
+calls = calls_of("depthwise_ffn")
 
 
 def test_who_gets_it() -> None:
-    """Inference in float32 alone: no gradient, no autocast, no other type, no named backend."""
     made, x = block(32, 64), torch.randn(2, 32, 4, 6)
+    check_who_gets_it(calls, 2, made, x, tolerance=1e-4)
     with torch.no_grad():
-        found, ran = calls(lambda: made(x))
-        assert ran == 2
-        with kernelpose.backend("eager"):
-            expected, ran = calls(lambda: made(x))
-            assert ran == 0
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert calls(lambda: made(x))[1] == 0
-        for dtype in (torch.bfloat16, torch.float64):
-            other = copy.deepcopy(made).to(dtype)
-            halved, ran = calls(functools.partial(other, x.to(dtype)))
-            assert ran == 0 and halved.dtype == dtype
-        assert calls(lambda: copy.deepcopy(made).train()(x))[1] == 0
         for sizes in ((48, 64), (32, 48)):
             odd = torch.randn(1, sizes[0], 4, 6)
             assert calls(functools.partial(block(*sizes), odd))[1] == 0
-    with_gradient, ran = calls(lambda: made(x))
-    assert ran == 0
-    with_gradient.sum().backward()
-    assert all(parameter.grad is not None for parameter in made.parameters())
-    compiled, ran = calls(lambda: torch.compile(made, fullgraph=True, backend="eager")(x))
-    assert ran == 0
-    torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-4)
+        assert calls(lambda: made.train()(x))[1] == 0
 
 
 @torch.no_grad()

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
-from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import kernelpose
-from kernelpose import _native
 from kernelpose.nn import MixFFN
+from tests.nn.inference import calls_of, check_deterministic, check_who_gets_it
 from tests.parity import assert_parity
 
 # (batch, (h, w), C, hidden, outputs)
@@ -45,11 +42,7 @@ def case(name: str) -> tuple[MixFFN, Tensor, tuple[int, int]]:
     return mlp, torch.randn(batch, size[0] * size[1], channels), size
 
 
-def calls(function: Any) -> tuple[Tensor, int]:
-    """A result, and how many networks the core ran for it."""
-    with mock.patch.object(_native, "call", wraps=_native.call) as call:
-        found = function()
-    return found, sum(each.args[0] == "mix_ffn" for each in call.call_args_list)
+calls = calls_of("mix_ffn")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -86,40 +79,17 @@ def test_layers_and_gradients(batch: int) -> None:
 @pytest.mark.parametrize("name", ["even", "strips", "many-images", "one-pixel"])
 def test_deterministic_whatever_the_threads(name: str) -> None:
     mlp, x, size = case(name)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 16):
-            torch.set_num_threads(threads)
-            with torch.inference_mode():
-                results.append(mlp(x, size))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(other, results[0]) for other in results[1:])
+    check_deterministic(lambda: mlp(x, size))
 
 
 def test_who_gets_it() -> None:
-    """Inference in float32 alone: no gradient, no autocast, no other type, no named backend."""
     mlp, x, size = case("even")
+    check_who_gets_it(calls, 1, mlp, x, size)
     with torch.no_grad():
-        with kernelpose.backend("eager"):
-            expected, ran = calls(lambda: mlp(x, size))
-            assert ran == 0
-        torch.testing.assert_close(mlp(x, size), expected)
-        with torch.autocast("cpu", torch.bfloat16):
-            found, ran = calls(lambda: mlp(x, size))
-            assert ran == 0
-            torch.testing.assert_close(found.float(), expected, rtol=0.1, atol=0.02)
-        for dtype in (torch.bfloat16, torch.float64):
-            other = copy.deepcopy(mlp).to(dtype)
-            found, ran = calls(lambda other=other, dtype=dtype: other(x.to(dtype), size))
-            assert ran == 0 and found.dtype == dtype
         narrow = MixFFN(32, 64, 24)
         assert calls(lambda: narrow(x, size))[1] == 0
-    compiled, ran = calls(lambda: torch.compile(mlp, fullgraph=True, backend="eager")(x, size))
-    assert ran == 0
-    torch.testing.assert_close(compiled, expected)
-    with torch.no_grad(), pytest.raises(ValueError, match="size"):
-        mlp(x, (8, 5))
+        with pytest.raises(ValueError, match="size"):
+            mlp(x, (8, 5))
 
 
 def test_what_was_packed_goes_stale() -> None:

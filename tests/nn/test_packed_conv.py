@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import kernelpose
 from kernelpose.models.pvtv2 import PatchEmbed
-from kernelpose.nn import packed_conv
+from kernelpose.nn import ConvNorm, packed_conv
 from kernelpose.nn.packed_conv import PackedConv
+from tests.nn.inference import check_who_gets_it
 
 pytestmark = pytest.mark.skipif(not packed_conv._HAS_ONEDNN, reason="this torch has no oneDNN")
 
@@ -59,30 +59,25 @@ def test_equal_to_the_layer(options: dict[str, Any], batch: int, bias: bool) -> 
 
 
 def test_who_gets_it() -> None:
-    """Inference in float32 of maps in channels_last memory, untouched, where nothing traces."""
+    """Besides, maps in channels_last memory alone."""
     torch.manual_seed(0)
     embed = PatchEmbed(6, 16, 3, 2)
     x = random(2, 6, 8, 6).contiguous(memory_format=LAST)
+    check_who_gets_it(calls, 1, embed, x)
     with torch.no_grad():
-        found, ran = calls(lambda: embed(x))
-        assert ran == 1
-        with kernelpose.backend("eager"):
-            expected, ran = calls(lambda: embed(x))
-            assert ran == 0
-        torch.testing.assert_close(found, expected)
         assert calls(lambda: embed(x.contiguous()))[1] == 0
         assert calls(lambda: embed(x[:0]))[1] == 0
-        assert calls(lambda: copy.deepcopy(embed).double()(x.double()))[1] == 0
-        with torch.autocast("cpu", torch.bfloat16):
-            assert calls(lambda: embed(x))[1] == 0
-        with embed.proj.register_forward_hook(lambda *_: None):
-            assert calls(lambda: embed(x))[1] == 0
-        assert torch.equal(pickle.loads(pickle.dumps(embed))(x), found)
-        assert torch.equal(copy.deepcopy(embed)(x), found)
-    with_gradient, ran = calls(lambda: embed(x))
-    assert ran == 0
-    with_gradient.sum().backward()
-    assert all(parameter.grad is not None for parameter in embed.parameters())
-    compiled, ran = calls(lambda: torch.compile(embed, fullgraph=True, backend="eager")(x))
-    assert ran == 0
-    torch.testing.assert_close(compiled, expected)
+        for twin in (copy.deepcopy(embed), pickle.loads(pickle.dumps(embed))):
+            assert torch.equal(twin(x), embed(x))
+
+
+def test_a_norm_is_folded() -> None:
+    torch.manual_seed(0)
+    layer, x = ConvNorm(6, 20, 3, stride=2).eval(), random(2, 6, 9, 7)
+    for tensor in (layer.norm.weight.data, layer.norm.bias.data, layer.norm.running_var):
+        tensor.uniform_(0.5, 2)
+    layer.norm.running_mean.normal_()
+    check_who_gets_it(calls, 1, layer, x.contiguous(memory_format=LAST))
+    with torch.no_grad():
+        assert calls(lambda: ConvNorm(6, 6, 3, stride=2, groups=6).eval()(x))[1] == 0
+        assert calls(lambda: ConvNorm(6, 20, 3, stride=2)(x))[1] == 0  # live statistics

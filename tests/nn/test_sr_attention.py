@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
-from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import kernelpose
-from kernelpose import _native
 from kernelpose.nn import SRAttention
+from tests.nn.inference import calls_of, check_deterministic, check_who_gets_it
 from tests.parity import assert_parity
 
 SIZE = (9, 7)
@@ -80,11 +77,7 @@ def case(name: str) -> tuple[SRAttention, Tensor, tuple[int, int]]:
     return attn, torch.randn(batch, size[0] * size[1], channels), size
 
 
-def calls(function: Any) -> tuple[Tensor, int]:
-    """A result, and how many attentions the core ran whole for it."""
-    with mock.patch.object(_native, "call", wraps=_native.call) as call:
-        found = function()
-    return found, sum(each.args[0] == "sr_attention" for each in call.call_args_list)
+calls = calls_of("sr_attention")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -102,44 +95,17 @@ def test_parity(name: str, poisoned: None) -> None:
 @pytest.mark.parametrize("name", ["even", "many-keys", "many-images", "one-key"])
 def test_deterministic_whatever_the_threads(name: str) -> None:
     attn, x, size = case(name)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 16):
-            torch.set_num_threads(threads)
-            with torch.inference_mode():
-                results.append(attn(x, size))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(other, results[0]) for other in results[1:])
+    check_deterministic(lambda: attn(x, size))
 
 
 def test_who_gets_it() -> None:
-    """Inference in float32 alone: no gradient, no autocast, no other type, no named backend."""
     attn, x, size = case("even")
+    check_who_gets_it(calls, 1, attn, x, size)
     with torch.no_grad():
-        with kernelpose.backend("eager"):
-            expected, ran = calls(lambda: attn(x, size))
-            assert ran == 0
-        torch.testing.assert_close(attn(x, size), expected)
-        with torch.autocast("cpu", torch.bfloat16):
-            found, ran = calls(lambda: attn(x, size))
-            assert ran == 0
-            torch.testing.assert_close(found.float(), expected, rtol=0.1, atol=0.03)
-        for dtype in (torch.bfloat16, torch.float64):
-            other = copy.deepcopy(attn).to(dtype)
-            found, ran = calls(lambda other=other, dtype=dtype: other(x.to(dtype), size))
-            assert ran == 0 and found.dtype == dtype
         narrow = SRAttention(32, 4)
         assert calls(lambda: narrow(x, size))[1] == 0
         with pytest.raises(RuntimeError):
             attn(x, (8, 5))
-    with_gradient, ran = calls(lambda: attn(x, size))
-    assert ran == 0
-    with_gradient.sum().backward()
-    assert all(parameter.grad is not None for parameter in attn.parameters())
-    compiled, ran = calls(lambda: torch.compile(attn, fullgraph=True, backend="eager")(x, size))
-    assert ran == 0
-    torch.testing.assert_close(compiled, expected)
 
 
 def test_what_was_packed_goes_stale() -> None:

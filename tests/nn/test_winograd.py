@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import copy
-import functools
 import pickle
-from collections.abc import Callable
-from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-import kernelpose
-from kernelpose import _native
 from kernelpose.nn import ConvNorm, MobileViTBlock
 from kernelpose.nn.winograd import WinogradConv
+from tests.nn.inference import calls_of, check_who_gets_it
 
 # (batch, C, outputs, (h, w))
 CASES = {
@@ -58,40 +54,20 @@ def test_parity(name: str) -> None:
     assert torch.equal(x, before)
 
 
-def calls(function: Callable[[], Tensor]) -> tuple[Tensor, int]:
-    """A result, and how many convolutions the core ran for it."""
-    with mock.patch.object(_native, "call", wraps=_native.call) as call:
-        found = function()
-    return found, sum(each.args[0] == "winograd_conv" for each in call.call_args_list)
+calls = calls_of("winograd_conv")
 
 
 def test_who_gets_it() -> None:
-    """Inference in float32 alone: no gradient, no autocast, no other type, no named backend."""
     module = MobileViTBlock(32, 64, 48, 1, 96).eval()
     x = torch.randn(2, 32, 8, 6)
+    check_who_gets_it(calls, 2, module, x, tolerance=1e-4)
     with torch.no_grad():
-        found, ran = calls(lambda: module(x))
-        assert ran == 2
-        with kernelpose.backend("eager"):
-            expected, ran = calls(lambda: module(x))
-            assert ran == 0
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert calls(lambda: module(x))[1] == 0
-        assert calls(functools.partial(copy.deepcopy(module).double(), x.double()))[1] == 0
         assert calls(lambda: module(x[..., :4, :4]))[1] == 0  # too few tiles
         assert calls(lambda: module(x[:0]))[1] == 0
         assert calls(lambda: ConvNorm(32, 32, 3, stride=2).eval()(x))[1] == 0
         assert calls(lambda: ConvNorm(32, 32, 3, groups=32).eval()(x))[1] == 0
         assert calls(lambda: ConvNorm(32, 32, 5).eval()(x))[1] == 0
         assert calls(lambda: ConvNorm(32, 32, 3)(x))[1] == 0  # live statistics
-    with_gradient, ran = calls(lambda: module(x))
-    assert ran == 0
-    with_gradient.sum().backward()
-    assert all(parameter.grad is not None for parameter in module.parameters())
-    compiled, ran = calls(lambda: torch.compile(module, fullgraph=True, backend="eager")(x))
-    assert ran == 0
-    torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
