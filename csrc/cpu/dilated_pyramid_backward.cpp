@@ -17,17 +17,13 @@ constexpr int64_t kPartNumbers = 4 << 20;  // of the parameters' gradients, all 
 constexpr int64_t kBandPixels = 256;       // whose maps and gradients stay in the first level
 
 // Adds to kInputs channels' gradients of one tap, a vector of outputs or several: over the rows
-// [first, end) the sum of input times gradient.
+// [first, end) the sum of input times gradient. It is added up by itself: one chain of sums over a
+// whole map would lose several times as much to rounding.
 template <class T, int kInputs, int kVectors>
 void correlate(const BlockedMap<T>& in, int64_t block, int64_t channel, const BlockedMap<T>& grad,
                int64_t vector, int64_t dy, int64_t dx, int64_t first, int64_t end, T* sums) {
   constexpr int n = kWidth<T>;
-  Vector<T> sum[kInputs][kVectors];
-#pragma GCC unroll 16
-  for (int i = 0; i < kInputs; ++i) {
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) sum[i][v] = load(sums + (i * kVectors + v) * n);
-  }
+  Vector<T> sum[kInputs][kVectors] = {};
   for (int64_t h = first; h < end; ++h) {
     const int64_t y = h * in.stride + dy;
     if (y < 0 || y >= in.height) continue;
@@ -47,7 +43,10 @@ void correlate(const BlockedMap<T>& in, int64_t block, int64_t channel, const Bl
 #pragma GCC unroll 16
   for (int i = 0; i < kInputs; ++i) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) store(sums + (i * kVectors + v) * n, sum[i][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      T* const to = sums + (i * kVectors + v) * n;
+      store(to, load(to) + sum[i][v]);
+    }
   }
 }
 
@@ -87,12 +86,12 @@ struct ParameterSums {
         v += together;
       }
       for (int64_t v = 0; v < vectors(); ++v) {
-        Vector<T> sum = load(of_bias + v * n);
+        Vector<T> sum{};
         for (int64_t h = first; h < end; ++h) {
           const T* const row = grad.at(v, h, 0);
           for (int64_t w = 0; w < grad.width * n; w += n) sum += load(row + w);
         }
-        store(of_bias + v * n, sum);
+        store(of_bias + v * n, load(of_bias + v * n) + sum);
       }
     }
   }
