@@ -104,6 +104,12 @@ def test_parity(case: Case, backend: str, dtype: torch.dtype, poisoned: None) ->
     checks.check_parity(case, backend, dtype)
 
 
+def test_gradients_of_a_large_map_keep_their_digits() -> None:
+    """A weight's gradient is a sum over 12288 pixels."""
+    case = Case((1, 32, 128, 96), (32,) * 3, (1, 2, 5), mode="sum", tokens=True)
+    checks.check_parity(case, "cpu", torch.float32)
+
+
 @pytest.mark.parametrize("mode", ["concat", "sum"])
 def test_reference_is_the_layers_of_torch(mode: str) -> None:
     dilations = (1, 2, 5)
