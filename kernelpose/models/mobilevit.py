@@ -15,7 +15,7 @@ from kernelpose.models.pvtv2 import init_weights
 from kernelpose.nn import ConvNorm, MobileViTBlock
 from kernelpose.nn.folding import Folder, can_fold
 from kernelpose.nn.mobilevit_block import NORM_NAMES, PATCH
-from kernelpose.nn.untouched import unhooked, untouched
+from kernelpose.nn.untouched import has_geometry, unhooked, untouched
 
 STRIDE = 32  # of the last map
 _AROUND_LAYERS = frozenset((ConvNorm, nn.Sequential, nn.SiLU))  # of an inverted residual
@@ -76,10 +76,18 @@ class InvertedResidual(nn.Module):
 
     def _is_one_op(self) -> bool:
         modules = list(self.modules())[1:]
-        return all(
+        if not all(
             unhooked(module) if type(module) in _AROUND_LAYERS else untouched(module)
             for module in modules
-        ) and can_fold([module for module in modules if isinstance(module, _BatchNorm)])
+        ):
+            return False
+        (expand, _), (depthwise, _), (project, _) = self.pairs()
+        return (
+            can_fold([module for module in modules if isinstance(module, _BatchNorm)])
+            and has_geometry(depthwise, 3, stride=depthwise.stride[0], padding=1)
+            and has_geometry(expand, 1)
+            and has_geometry(project, 1)
+        )
 
 
 class MobileViT(nn.Module):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from kernelpose import ops
 from kernelpose.nn.add_layer_norm import AddLayerNorm
 from kernelpose.nn.conv_norm import ConvNorm
-from kernelpose.nn.folding import Folder, fold_affine
-from kernelpose.nn.untouched import unhooked, untouched
+from kernelpose.nn.folding import Folder, bias_of, fold_affine
+from kernelpose.nn.untouched import has_geometry, unhooked, untouched
 
 
 class CascadedGroupSRAttention(nn.Module):
@@ -73,11 +73,11 @@ class CascadedGroupSRAttention(nn.Module):
             )
         tokens = x.permute(0, 2, 3, 1)
         groups = cast("list[_Group]", list(self.groups))
-        layers = [layer for group in groups for layer in group.children()]
+        layers: list[Any] = [group._modules[name] for group in groups for name in _NAMES]
         wants_gradient = torch.is_grad_enabled() and (
             x.requires_grad or any(weight.requires_grad for weight in self.groups.parameters())
         )
-        if wants_gradient or not (untouched(*layers) and unhooked(*groups)):
+        if wants_gradient or not (unhooked(*groups) and self._is_one_op(layers)):
             found: list[Tensor] = []
             for group, part in zip(groups, tokens.chunk(len(groups), -1), strict=True):
                 found.append(group(part, found[-1] if found else None))
@@ -85,10 +85,22 @@ class CascadedGroupSRAttention(nn.Module):
         else:
             (weights,) = self._folder([layers])
             joined = ops.cascaded_attention(
-                tokens, *weights, num_heads=groups[0].num_heads, eps=groups[0].norm.eps
+                tokens, *weights, num_heads=groups[0].num_heads, eps=layers[1].eps
             )
         y: Tensor = self.proj(joined.permute(0, 3, 1, 2), residual=residual)
         return y
+
+    def _is_one_op(self, layers: list[Any]) -> bool:
+        """Whether the layers of all groups are what `kernelpose.ops.cascaded_attention` takes."""
+        ratio = self.sr_ratio
+        return (
+            untouched(*layers)
+            and all(has_geometry(sr, ratio, stride=ratio) for sr in layers[:: len(_NAMES)])
+            and len({layer.eps for layer in layers if isinstance(layer, nn.LayerNorm)}) == 1
+        )
+
+
+_NAMES = ("sr", "norm_q", "q", "norm_k", "k", "norm_v", "v", "proj", "norm")  # of a group's layers
 
 
 class _Group(nn.Module):
@@ -131,14 +143,13 @@ def _keys_and_values(
 def _stacked(*layers: Any) -> tuple[Tensor, ...]:
     """The parameters of `kernelpose.ops.cascaded_attention` from the layers of all groups."""
     groups = []
-    for first in range(0, len(layers), 9):  # in the order of `_Group`
-        sr, norm_q, q, norm_k, k, norm_v, v, proj, norm = layers[first : first + 9]
+    for first in range(0, len(layers), len(_NAMES)):
+        sr, norm_q, q, norm_k, k, norm_v, v, proj, norm = layers[first : first + len(_NAMES)]
         pairs = (
             fold_affine(norm_q, q),
             _keys_and_values(norm_k, k, norm_v, v),
-            (proj.weight, proj.bias),
-            (norm.weight, norm.bias),
+            *((layer.weight, bias_of(layer)) for layer in (proj, norm)),
         )
-        groups.append([sr.weight, sr.bias, *(tensor for pair in pairs for tensor in pair)])
+        groups.append([sr.weight, bias_of(sr), *(tensor for pair in pairs for tensor in pair)])
     reduce_weight, reduce_bias, *others = zip(*groups, strict=True)
     return torch.cat(reduce_weight), torch.cat(reduce_bias), *map(torch.stack, others)

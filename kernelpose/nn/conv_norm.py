@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kernelpose.nn.folding import Folder, can_fold, fold
 from kernelpose.nn.packed_conv import PackedConv
 from kernelpose.nn.packed_linear import can_pack, pack, packed_linear
-from kernelpose.nn.untouched import unhooked, untouched
+from kernelpose.nn.untouched import has_geometry, unhooked, untouched
 from kernelpose.nn.winograd import WinogradConv
 
 
@@ -125,7 +125,7 @@ def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, folder: Folder) 
 
 
 def _is_pointwise(conv: nn.Conv2d) -> bool:
-    return conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1
+    return conv.groups == 1 and has_geometry(conv, 1)
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -141,4 +141,4 @@ def _convolve(x: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -
     if _is_pointwise(conv):
         # A product of tokens: of one image on one thread, torch's convolution would copy them.
         return F.linear(_tokens(x), weight.flatten(1), bias).permute(0, 3, 1, 2)
-    return F.conv2d(x, weight, bias, conv.stride, conv.padding, groups=conv.groups)
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)

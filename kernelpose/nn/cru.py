@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from kernelpose import ops
-from kernelpose.nn.folding import Folder
+from kernelpose.nn.folding import Folder, bias_of
 from kernelpose.nn.inference import core_infers
-from kernelpose.nn.multi_scale import bias_of
-from kernelpose.nn.untouched import untouched
+from kernelpose.nn.untouched import has_geometry, untouched
 from kernelpose.ops import _winograd
 
 
@@ -84,6 +83,8 @@ class CRU(nn.Module):
         return (
             not self.training
             and untouched(grouped, *pointwise)
+            and has_geometry(grouped, 3, padding=1)
+            and all(has_geometry(layer, 1) for layer in pointwise)
             and core_infers(x, grouped.weight, grouped.bias, *(p.weight for p in pointwise))
             and _winograd.suits(x, grouped.weight, grouped.groups)
         )

@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from kernelpose import _native
 from kernelpose.nn.folding import Folder, can_fold, fold
 from kernelpose.nn.inference import core_infers
-from kernelpose.nn.untouched import unhooked, untouched
+from kernelpose.nn.untouched import has_geometry, unhooked, untouched
 
 
 class DeconvNormRelu:
@@ -23,7 +23,7 @@ class DeconvNormRelu:
         self._folder = Folder(_pack)
 
     def suits(self, x: Tensor, deconv: nn.Module, norm: nn.Module, relu: nn.Module) -> bool:
-        """Whether that is so; deconv is of kernel 4, stride 2, padding 1, one group and no bias."""
+        """Whether that is so, and deconv is of kernel 4, stride 2, padding 1 and one group."""
         if not (untouched(deconv, norm) and type(relu) is nn.ReLU and unhooked(relu)):
             return False
         assert isinstance(deconv, nn.ConvTranspose2d) and isinstance(norm, _BatchNorm)
@@ -33,6 +33,8 @@ class DeconvNormRelu:
             and core_infers(*tensors)
             and x.ndim == 4
             and x.shape[1] == deconv.in_channels
+            and deconv.weight.shape[:2] == (x.shape[1], norm.num_features)
+            and has_geometry(deconv, 4, stride=2, padding=1)
         )
 
     def __call__(self, x: Tensor, deconv: nn.Module, norm: nn.Module) -> Tensor:

@@ -11,6 +11,7 @@ from kernelpose import _native
 from kernelpose.nn.conv_norm import ConvNorm
 from kernelpose.nn.folding import Folder, can_fold, fold
 from kernelpose.nn.inference import core_infers
+from kernelpose.nn.untouched import has_geometry
 
 _MULTIPLE = 32  # what channels and hidden width are divided by, on any CPU
 
@@ -45,6 +46,10 @@ class DepthwiseFFN:
         return (
             core_infers(x, *weights)
             and can_fold([norm for _, norm in pairs])
+            and [weight.shape for weight in weights]
+            == [(channels, 1, 3, 3), (hidden, channels, 1, 1), (channels, hidden, 1, 1)]
+            and has_geometry(pairs[0][0], 3, padding=1)
+            and all(has_geometry(conv, 1) for conv, _ in pairs[1:])
             and channels % _MULTIPLE == hidden % _MULTIPLE == 0
             and x.ndim == 4
             and x.shape[1] == channels

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kernelpose import ops
 from kernelpose.nn.folding import Folder, Pair, can_fold
-from kernelpose.nn.untouched import untouched
+from kernelpose.nn.untouched import has_geometry, untouched
 
 
 class DilatedPyramid(nn.Module):
@@ -64,7 +64,16 @@ class DilatedPyramid(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         pairs = self.pairs()
-        if untouched(*self.convs, *self.norms) and can_fold([norm for _, norm in pairs]):
+        if (
+            untouched(*self.convs, *self.norms)
+            and can_fold([norm for _, norm in pairs])
+            and all(
+                has_geometry(
+                    conv, 3, stride=1 if i else self.stride, padding=dilation, dilation=dilation
+                )
+                for i, (conv, dilation) in enumerate(zip(self.convs, self.dilations, strict=True))
+            )
+        ):
             folded = self._folder(pairs)
             return ops.dilated_pyramid(
                 x,

@@ -45,9 +45,14 @@ def fold_affine(norm: nn.LayerNorm, linear: nn.Linear) -> tuple[Tensor, Tensor]:
     """
     dtype = torch.promote_types(linear.weight.dtype, torch.float32)
     weight = linear.weight.to(dtype)
-    bias = linear.bias.to(dtype) + (weight * norm.bias.to(dtype)).sum(1)
+    bias = bias_of(linear).to(dtype) + (weight * bias_of(norm).to(dtype)).sum(1)
     weight = weight * norm.weight.to(dtype)
     return weight.to(linear.weight.dtype), bias.to(linear.weight.dtype)
+
+
+def bias_of(layer: nn.Conv2d | nn.LayerNorm | nn.Linear) -> Tensor:
+    """The bias of a layer, zeros where it has none."""
+    return layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
 
 
 class Folder:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kernelpose.nn.dilated_pyramid import DilatedPyramid
 from kernelpose.nn.folding import Folder, Pair, can_fold
-from kernelpose.nn.untouched import untouched
+from kernelpose.nn.untouched import has_geometry, untouched
 
 
 class HRPMv2(nn.Module):
@@ -45,7 +45,12 @@ class HRPMv2(nn.Module):
     def forward(self, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
         maps = x.unflatten(1, feat_size).permute(0, 3, 1, 2)
         pairs: list[Pair] = [(self.up, self.up_norm), (self.down, self.down_norm)]
-        if all(untouched(*pair) for pair in pairs) and can_fold([norm for _, norm in pairs]):
+        if (
+            all(untouched(*pair) for pair in pairs)
+            and can_fold([norm for _, norm in pairs])
+            and has_geometry(self.up, 4, stride=2, padding=1)
+            and has_geometry(self.down, 3, stride=2, padding=1)
+        ):
             (up, up_bias), (down, down_bias) = self._folder(pairs)
             large = F.conv_transpose2d(maps, up, up_bias, stride=2, padding=1)
             y = F.conv2d(self.pyramid(F.relu_(large)), down, down_bias, stride=2, padding=1)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from kernelpose import ops
-from kernelpose.nn.multi_scale import ChannelAttention, SpatialAttention, bias_of
-from kernelpose.nn.untouched import unhooked, untouched
+from kernelpose.nn.folding import bias_of
+from kernelpose.nn.multi_scale import ChannelAttention, SpatialAttention
+from kernelpose.nn.untouched import has_geometry, unhooked, untouched
 from kernelpose.reference.multi_granularity import in_groups
 
 
@@ -43,7 +44,13 @@ class LocalPerception(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         branches = (self.conv_7x7, self.conv_5x5, self.conv_3x3)
         mix = self.conv_1x1_final1
-        if untouched(*branches, mix):
+        if (
+            untouched(*branches, mix)
+            and has_geometry(self.conv_7x7, 7, padding=3)
+            and has_geometry(self.conv_5x5, 5, padding=2)
+            and has_geometry(self.conv_3x3, 3, padding=1)
+            and has_geometry(mix, 1)
+        ):
             y = ops.multi_granularity(
                 x,
                 [branch.weight for branch in branches],
@@ -55,7 +62,13 @@ class LocalPerception(nn.Module):
         else:
             y = mix(in_groups([branch(x) for branch in branches], self.groups)) + x
         gates = (self.CA.fc1, self.CA.fc2, self.SA.conv1)
-        if untouched(*gates) and unhooked(self.CA, self.SA):
+        if (
+            untouched(*gates)
+            and unhooked(self.CA, self.SA)
+            and has_geometry(self.CA.fc1, 1)
+            and has_geometry(self.CA.fc2, 1)
+            and has_geometry(self.SA.conv1, 7, padding=3)
+        ):
             return ops.dual_gate(y, *(gate.weight for gate in gates))
         gated: Tensor = (self.CA(y) + self.SA(y)) * y
         return gated

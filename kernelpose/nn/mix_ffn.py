@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernelpose import ops
-from kernelpose.nn.multi_scale import bias_of
+from kernelpose.nn.folding import bias_of
 from kernelpose.nn.packed_mix_ffn import PackedMixFFN
-from kernelpose.nn.untouched import untouched
+from kernelpose.nn.untouched import has_geometry, untouched
 
 
 class MixFFN(nn.Module):
@@ -43,7 +43,7 @@ class MixFFN(nn.Module):
         if untouched(*layers) and self._packed.suits(x, *layers, feat_size):
             return self._packed(x, *layers, feat_size)
         hidden: Tensor = self.fc1(x)
-        if untouched(self.dwconv):
+        if untouched(self.dwconv) and has_geometry(self.dwconv, 3, padding=1):
             bias = bias_of(self.dwconv)
             hidden = ops.dwconv_gelu(hidden, self.dwconv.weight, bias, size=feat_size)
         else:

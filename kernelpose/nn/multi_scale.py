@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernelpose.nn.folding import Folder
-from kernelpose.nn.untouched import untouched
+from kernelpose.nn.folding import Folder, bias_of
+from kernelpose.nn.untouched import has_geometry, untouched
 from kernelpose.ops._register import is_plain, no_autocast
+
+_KERNELS = (1, 7, 5, 3, 1)  # of the layers that `MultiScaleModule` folds
 
 
 class ChannelAttention(nn.Module):
@@ -92,7 +94,15 @@ class MultiScaleModule(nn.Module):
 
     def _of_maps(self, x: Tensor) -> Tensor:
         layers = self._linear_layers()
-        if not self.training and untouched(*layers) and is_plain(x, *self.parameters()):
+        if (
+            not self.training
+            and untouched(*layers)
+            and all(
+                has_geometry(layer, kernel, padding=kernel // 2)
+                for layer, kernel in zip(layers, _KERNELS, strict=True)
+            )
+            and is_plain(x, *self.parameters())
+        ):
             weight, bias = self.fold((x.shape[2], x.shape[3]))
             y = F.conv2d(x, weight, padding=3) + bias + x
         else:
@@ -139,9 +149,3 @@ def _fold(
     border = (taps @ bias_of(first).to(dtype))[:, None]
     whole = (taps @ before).permute(0, 3, 1, 2).contiguous()
     return whole.to(seven.weight.dtype), border, constant
-
-
-def bias_of(layer: nn.Conv2d) -> Tensor:
-    """The bias of a layer that was made with one."""
-    assert layer.bias is not None
-    return layer.bias

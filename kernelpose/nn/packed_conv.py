@@ -43,7 +43,7 @@ class PackedConv:
             and x.numel() > 0
             and x.is_contiguous(memory_format=torch.channels_last)
             and bool(torch.backends.mkldnn.enabled)
-            and conv.padding_mode == "zeros"
+            and not isinstance(conv.padding, str)
         )
 
     def __call__(self, x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d | None = None) -> Tensor:

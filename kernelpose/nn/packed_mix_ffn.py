@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernelpose import _native
-from kernelpose.nn.folding import Folder
+from kernelpose.nn.folding import Folder, bias_of
 from kernelpose.nn.inference import core_infers
 from kernelpose.nn.panels import panels
+from kernelpose.nn.untouched import has_geometry
 
 _MULTIPLE = 16  # what outputs are divided by: whole vectors of any CPU
 
@@ -27,12 +28,15 @@ class PackedMixFFN:
     def suits(
         self, x: Tensor, fc1: nn.Linear, dwconv: nn.Conv2d, fc2: nn.Linear, size: tuple[int, int]
     ) -> bool:
-        """Whether that is so; dwconv is of kernel 3, stride 1 and padding 1."""
+        """Whether that is so, and the layers fit each other."""
         parameters = (fc1.weight, fc1.bias, dwconv.weight, dwconv.bias, fc2.weight, fc2.bias)
         return (
             core_infers(x, *parameters)
             and x.ndim == 3
             and x.shape[1:] == (size[0] * size[1], fc1.in_features)
+            and fc1.weight.shape[0] == fc2.weight.shape[1]
+            and dwconv.weight.shape[:2] == (fc1.weight.shape[0], 1)
+            and has_geometry(dwconv, 3, padding=1)
             and fc2.out_features % _MULTIPLE == 0
         )
 
@@ -53,12 +57,11 @@ def _pack(fc1: nn.Linear, dwconv: nn.Conv2d, fc2: nn.Linear) -> tuple[Tensor, ..
     """What the core takes: hidden channels in whole blocks, the last ones 0; see MixFfnWeights."""
     assert _native.core is not None
     more = -fc1.out_features % _native.core.cpu_mix_ffn_block
-    assert dwconv.bias is not None
     return (
         panels(F.pad(fc1.weight, (0, 0, 0, more))),
-        F.pad(fc1.bias, (0, more)),
+        F.pad(bias_of(fc1), (0, more)),
         F.pad(dwconv.weight.flatten(1), (0, 0, 0, more)).contiguous(),
-        F.pad(dwconv.bias, (0, more)),
+        F.pad(bias_of(dwconv), (0, more)),
         panels(F.pad(fc2.weight, (0, more))),
-        fc2.bias.contiguous(),
+        bias_of(fc2).contiguous(),
     )

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from kernelpose import _native
-from kernelpose.nn.folding import Folder
+from kernelpose.nn.folding import Folder, bias_of
 from kernelpose.nn.inference import core_infers
 from kernelpose.nn.panels import panels
+from kernelpose.nn.untouched import has_geometry
 
 _MULTIPLE = 16  # what channels of a head are divided by: whole vectors of any CPU
 _MAX_HEAD_DIM = 128
@@ -33,18 +34,20 @@ class PackedSRAttention:
         num_heads: int,
         size: tuple[int, int],
     ) -> bool:
-        """Whether that is so. layers: q, kv, proj; reduction: a convolution whose stride is its
-        kernel, and its norm."""
+        """Whether that is so, and the layers fit each other. layers: q, kv, proj; reduction: a
+        convolution whose stride is its kernel, and its norm."""
         parameters = [p for layer in (*layers, *(reduction or ())) for p in layer.parameters()]
         channels = layers[0].in_features
+        shapes = [(channels, channels), (2 * channels, channels), (channels, channels)]
         return (
             core_infers(x, *parameters)
             and x.ndim == 3
             and x.shape[1:] == (size[0] * size[1], channels)
             and x.shape[1] > 0
+            and [layer.weight.shape for layer in layers] == shapes
             and channels // num_heads % _MULTIPLE == 0
             and channels // num_heads <= _MAX_HEAD_DIM
-            and (reduction is None or min(size) >= reduction[0].kernel_size[0])
+            and (reduction is None or _reduces(*reduction, channels, size))
         )
 
     def __call__(
@@ -69,6 +72,16 @@ class PackedSRAttention:
         return out
 
 
+def _reduces(conv: nn.Conv2d, norm: nn.LayerNorm, channels: int, size: tuple[int, int]) -> bool:
+    ratio = conv.kernel_size[0]
+    return (
+        conv.weight.shape[:2] == (channels, channels)
+        and has_geometry(conv, ratio, stride=ratio)
+        and norm.normalized_shape == (channels,)
+        and min(size) >= ratio
+    )
+
+
 def _pack(*layers: nn.Module) -> tuple[Tensor, ...]:
     """What the core takes, see SrAttentionWeights."""
     packed = []
@@ -78,6 +91,5 @@ def _pack(*layers: nn.Module) -> tuple[Tensor, ...]:
         if isinstance(layer, nn.Conv2d):
             weight = weight.permute(0, 2, 3, 1).flatten(1)
         packed.append(weight.contiguous() if weight.ndim == 1 else panels(weight))
-        bias = layer.bias
-        packed.append(weight.new_zeros(len(weight)) if bias is None else bias.contiguous())
+        packed.append(bias_of(layer).contiguous())
     return tuple(packed)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from kernelpose.nn.folding import Folder, can_fold, fold
+from kernelpose.nn.folding import Folder, bias_of, can_fold, fold
 from kernelpose.nn.inference import core_infers
-from kernelpose.nn.multi_scale import bias_of
-from kernelpose.nn.untouched import untouched
+from kernelpose.nn.untouched import has_geometry, untouched
 from kernelpose.ops import _winograd
 
 
@@ -24,12 +23,11 @@ class WinogradConv:
 
     def suits(self, x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d | None = None) -> bool:
         """Whether that is so; conv is of stride 1, undilated, in one group, and keeps the size."""
-        if not untouched(conv) or conv.kernel_size != (3, 3) or conv.stride != (1, 1):
+        if not untouched(conv) or not has_geometry(conv, 3, padding=1):
             return False
         return (
             conv.groups == 1
             and (norm is not None or conv.bias is not None)
-            and conv.padding == conv.dilation == (1, 1)
             and (norm is None or (untouched(norm) and can_fold([norm])))
             and core_infers(x, conv.weight)
             and x.ndim == 4

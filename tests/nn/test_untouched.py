@@ -127,6 +127,68 @@ def test_an_adapter_of_one_layer_changes_nothing_else(
         assert torch.equal(call(), expected)
 
 
+def _others(layer: nn.Module) -> list[nn.Module]:
+    """Stock layers of another geometry than that of the one in whose place they come."""
+    if isinstance(layer, nn.Linear):
+        sizes = layer.in_features, layer.out_features
+        return [nn.Linear(*sizes, bias=False), nn.Linear(sizes[0], sizes[1] // 2)]
+    if isinstance(layer, nn.ConvTranspose2d):
+        sizes = layer.in_channels, layer.out_channels
+        return [
+            nn.ConvTranspose2d(*sizes, 2, stride=2, bias=False),
+            nn.ConvTranspose2d(*sizes, 4, stride=2, padding=2, output_padding=1, bias=False),
+        ]
+    assert isinstance(layer, nn.Conv2d)
+    sizes, kernel = (layer.in_channels, layer.out_channels), layer.kernel_size[0]
+    same: dict[str, Any] = {"groups": layer.groups, "bias": layer.bias is not None}
+    return [
+        nn.Conv2d(*sizes, kernel + 2, layer.stride, kernel // 2 + 1, **same),
+        nn.Conv2d(*sizes, 3, layer.stride, 2, dilation=2, **same),
+        nn.Conv2d(*sizes, 3, layer.stride, 1, padding_mode="replicate", **same),
+        nn.Conv2d(*sizes, kernel, layer.stride, layer.padding, groups=layer.groups, bias=False),
+        nn.Conv2d(sizes[0], sizes[1] // 2, kernel, layer.stride, layer.padding),
+    ]
+
+
+@pytest.mark.parametrize("subject", [name for name in SUBJECTS if name != "SRU"], indirect=True)
+def test_a_layer_of_another_geometry_is_as_good_as_called(
+    subject: tuple[nn.Module, Callable[[], Tensor]],
+) -> None:
+    """No kernel assumes the geometry that the module was built with, and reads beyond a weight."""
+    module, call = subject
+
+    def result() -> Tensor | None:
+        try:
+            return call()
+        except (ValueError, RuntimeError):  # it does not fit its neighbours
+            return None
+
+    def called() -> Tensor | None:
+        """The result where every layer has a hook, and is called for it."""
+        layers = [layer for layer in module.modules() if isinstance(layer, LAYERS)]
+        hooks = [layer.register_forward_hook(lambda *_: None) for layer in layers]
+        expected = result()
+        for hook in hooks:
+            hook.remove()
+        return expected
+
+    fitting = 0
+    with torch.no_grad():
+        for name, layer in list(module.named_modules()):
+            if not isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+                continue
+            for other in _others(layer):
+                replace(module, name, other)
+                found, expected = result(), called()
+                if found is not None:
+                    fitting += 1
+                    assert expected is not None, (name, other)
+                    error = (found - expected).abs().max()
+                    assert error <= 2e-5 * expected.std(), (name, other)
+            replace(module, name, layer)
+    assert fitting
+
+
 def test_what_leaves_a_layer_untouched_and_what_does_not() -> None:
     def linear() -> nn.Linear:
         return nn.Linear(4, 4)
