@@ -1,9 +1,11 @@
 #include "kernelpose/cascaded_attention.h"
 
+#include <array>
 #include <tuple>
 
 #include "bind.h"
 #include "cpu/cascaded_attention.h"
+#include "cpu/cascaded_sr_attention.h"
 
 #ifdef KERNELPOSE_WITH_CUDA
 #include "cuda/cascaded_attention.h"
@@ -38,6 +40,20 @@ KP_BIND(m) {
                            tensors, shape_of(shape), static_cast<DType>(dtype), threads),
                        "cascaded_attention");
         });
+  m.def("cpu_cascaded_sr_attention", [](Address x, const std::array<Address, 10>& parameters,
+                                        Address found, Address packed, Address residual,
+                                        Address out, const ShapeTuple& shape, int threads) {
+    using namespace cpu;
+    const py::gil_scoped_release release;
+    const auto& p = parameters;
+    const CascadedAttentionTensors tensors = {
+        pointer(x),    pointer(p[0]), pointer(p[1]), pointer(p[2]), pointer(p[3]), pointer(p[4]),
+        pointer(p[5]), pointer(p[6]), pointer(p[7]), pointer(p[8]), pointer(p[9]), pointer(found)};
+    check_memory(KP_SELECT_ISA(cascaded_sr_attention_forward)(
+                     tensors, shape_of(shape), pointer<const float>(packed),
+                     pointer<const float>(residual), pointer<float>(out), threads),
+                 "cascaded_sr_attention");
+  });
 #ifdef KERNELPOSE_WITH_CUDA
   m.def("cuda_cascaded_attention_workspace", [](const ShapeTuple& shape, int dtype) {
     return cuda::cascaded_attention_workspace(shape_of(shape), static_cast<DType>(dtype));

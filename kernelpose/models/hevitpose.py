@@ -70,8 +70,10 @@ class FFN(nn.Module):
 
 
 def _half(x: Tensor, dwconv: nn.Module, ffn: nn.Module, fused: DepthwiseFFN) -> Tensor:
-    if type(ffn) is FFN and unhooked(ffn) and fused.suits(x, (dwconv, ffn.fc1, ffn.fc2)):
-        return fused(x, (dwconv, ffn.fc1, ffn.fc2))
+    if type(ffn) is FFN and unhooked(ffn):
+        layers = (dwconv, ffn.fc1, ffn.fc2)
+        if fused.suits(x, layers):
+            return fused(x, layers)
     y: Tensor = ffn(dwconv(x, residual=x))
     return y
 

@@ -12,6 +12,7 @@ from kernelpose import ops
 from kernelpose.nn.add_layer_norm import AddLayerNorm
 from kernelpose.nn.conv_norm import ConvNorm
 from kernelpose.nn.folding import Folder, bias_of, fold_affine
+from kernelpose.nn.packed_cascade import PackedCascade
 from kernelpose.nn.untouched import has_geometry, unhooked, untouched
 
 
@@ -63,6 +64,7 @@ class CascadedGroupSRAttention(nn.Module):
         self.groups = nn.ModuleList(_Group(width, num_heads, sr_ratio) for _ in range(num_groups))
         self.proj = ConvNorm(dim, dim)
         self._folder = Folder(_stacked)
+        self._packed = PackedCascade()
 
     def forward(self, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
         """residual: (B, C, H, W), added to the result."""
@@ -84,9 +86,11 @@ class CascadedGroupSRAttention(nn.Module):
             joined = torch.cat(found, -1)
         else:
             (weights,) = self._folder([layers])
-            joined = ops.cascaded_attention(
-                tokens, *weights, num_heads=groups[0].num_heads, eps=layers[1].eps
-            )
+            sizes = groups[0].num_heads, layers[1].eps
+            whole = self._packed(x, residual, weights, *sizes, self.proj)
+            if whole is not None:
+                return whole
+            joined = ops.cascaded_attention(tokens, *weights, num_heads=sizes[0], eps=sizes[1])
         y: Tensor = self.proj(joined.permute(0, 3, 1, 2), residual=residual)
         return y
 

@@ -72,17 +72,18 @@ class ConvNorm(nn.Module):
         return cast("Any", modules["conv"]), cast("Any", modules[self._norm_name])
 
     def forward(self, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
-        if self._packs(x) and (residual is None or self._packs(residual, last=True)):
-            ((weight, bias),) = self._packer([self.pair])
+        pair = self.pair
+        if self._packs(x, residual):
+            ((weight, bias),) = self._packer([pair])
             more = None if residual is None else _tokens(residual)
             relu = self.act is not None
             return packed_linear(_tokens(x), weight, bias, relu, more).permute(0, 3, 1, 2)
-        if self._winograd.suits(x, *self.pair):
-            y = self._winograd(x, *self.pair)
-        elif self._packed.suits(x, *self.pair) and self.conv.groups == 1:
-            y = self._packed(x, *self.pair)
+        if self._winograd.suits(x, *pair):
+            y = self._winograd(x, *pair)
+        elif self._packed.suits(x, *pair) and self.conv.groups == 1:
+            y = self._packed(x, *pair)
         else:
-            y = conv_norm(x, *self.pair, self._folder)
+            y = conv_norm(x, *pair, self._folder)
         if self.act is not None:
             y = self.act(y)
         return y if residual is None else residual + y
@@ -90,22 +91,24 @@ class ConvNorm(nn.Module):
     def is_untouched(self, act: type[nn.Module] | None = None) -> bool:
         """Whether calling this is its convolution, its norm, such an activation, and no more."""
         own = self.act
+        conv, norm = self.pair
         return (
-            untouched(*self.pair)
+            untouched(conv, norm)
             and unhooked(self)
             and (own is None if act is None else type(own) is act and unhooked(own))
         )
 
-    def _packs(self, x: Tensor, last: bool = False) -> bool:
-        """Whether `packed_linear` can read x; last: whether it may be added to what that gives."""
+    def _packs(self, x: Tensor, residual: Tensor | None) -> bool:
+        """Whether `packed_linear` computes the whole."""
         conv, norm = self.pair
         act = self.act
         return (
             untouched(conv, norm)
             and _is_pointwise(conv)
             and can_fold([norm])
-            and (act is None or (type(act) is nn.ReLU and unhooked(act) and not last))
+            and (act is None or (type(act) is nn.ReLU and unhooked(act) and residual is None))
             and can_pack(_tokens(x), conv.weight)
+            and (residual is None or can_pack(_tokens(residual), conv.weight))
         )
 
 

@@ -11,6 +11,7 @@ from kernelpose import _native
 from kernelpose.nn.conv_norm import ConvNorm
 from kernelpose.nn.folding import Folder, can_fold, fold
 from kernelpose.nn.inference import core_infers
+from kernelpose.nn.panels import product_panels
 from kernelpose.nn.untouched import has_geometry
 
 _MULTIPLE = 32  # what channels and hidden width are divided by, on any CPU
@@ -33,23 +34,29 @@ class DepthwiseFFN:
 
         Not where one of them, or what it holds, is not `untouched`.
         """
-        if not all(type(layer) is ConvNorm for layer in layers):
-            return False
-        depthwise, expand, project = cast("tuple[ConvNorm, ConvNorm, ConvNorm]", layers)
+        depthwise, expand, project = layers
         if not (
-            depthwise.is_untouched() and expand.is_untouched(nn.ReLU) and project.is_untouched()
+            type(depthwise) is type(expand) is type(project) is ConvNorm
+            and depthwise.is_untouched()
+            and expand.is_untouched(nn.ReLU)
+            and project.is_untouched()
         ):
             return False
-        pairs = depthwise.pair, expand.pair, project.pair
-        weights = [conv.weight for conv, _ in pairs]
-        channels, hidden = project.conv.out_channels, project.conv.in_channels
+        (first, norm), (second, second_norm), (third, third_norm) = (
+            depthwise.pair,
+            expand.pair,
+            project.pair,
+        )
+        weight = third.weight
+        channels, hidden = weight.shape[:2]
         return (
-            core_infers(x, *weights)
-            and can_fold([norm for _, norm in pairs])
-            and [weight.shape for weight in weights]
-            == [(channels, 1, 3, 3), (hidden, channels, 1, 1), (channels, hidden, 1, 1)]
-            and has_geometry(pairs[0][0], 3, padding=1)
-            and all(has_geometry(conv, 1) for conv, _ in pairs[1:])
+            core_infers(x, first.weight, second.weight, weight)
+            and can_fold((norm, second_norm, third_norm))
+            and has_geometry(first, 3, padding=1)
+            and has_geometry(second, 1)
+            and has_geometry(third, 1)
+            and first.weight.shape[:2] == (channels, 1)
+            and second.weight.shape[:2] == (hidden, channels)
             and channels % _MULTIPLE == hidden % _MULTIPLE == 0
             and x.ndim == 4
             and x.shape[1] == channels
@@ -70,9 +77,7 @@ class DepthwiseFFN:
 def _pack(*layers: Any) -> tuple[Tensor]:
     """What the core reads, from the three convolutions and their norms in turns."""
     depthwise, *pointwise = (fold(*pair) for pair in zip(layers[::2], layers[1::2], strict=True))
-    assert _native.core is not None
-    panel = _native.core.cpu_depthwise_ffn_panel()
     parts = [depthwise[0].flatten(1).t(), depthwise[1]]
     for weight, bias in pointwise:
-        parts += [weight.view(-1, panel, weight.shape[1]).transpose(1, 2), bias]
+        parts += [product_panels(weight.flatten(1)), bias]
     return (torch.cat([part.flatten() for part in parts]),)

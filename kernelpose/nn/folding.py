@@ -18,7 +18,8 @@ Pair = tuple[Convolution, _BatchNorm]  # a convolution (transposed: of one group
 
 def can_fold(norms: Sequence[_BatchNorm]) -> bool:
     """Whether norms use the statistics they keep, as in eval mode, rather than those of a batch."""
-    return all(not norm.training and norm.running_var is not None for norm in norms)
+    # Asked in every call: a generator, and norm.running_var, would take longer.
+    return not [n for n in norms if n.training or n._buffers["running_var"] is None]
 
 
 def fold(conv: Convolution, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
@@ -68,7 +69,7 @@ class Folder:
     def __init__(self, function: Callable[..., tuple[Tensor, ...]] = fold) -> None:
         self._function = function
         self._made: list[tuple[Tensor, ...]] = []
-        self._made_of: list[tuple[int, int]] = []  # where each tensor lies, and its version
+        self._made_of: list[int] = []  # see `_state`
         self._tensors: list[Tensor] = []
         self._held: list[Tensor] = []  # lest another tensor come to lie there
 
@@ -85,7 +86,7 @@ class Folder:
         known = known and all(map(operator.is_, tensors, self._tensors))
         if not is_plain(*(() if known else tensors)):
             return [self._function(*layers) for layers in groups]
-        made_of = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+        made_of = _state(tensors)
         if self._made_of != made_of:
             with torch.inference_mode(False), torch.no_grad(), no_autocast(tensors[0]):
                 self._made = [self._function(*layers) for layers in groups]
@@ -95,3 +96,13 @@ class Folder:
 
     def __reduce__(self) -> tuple[type[Folder], tuple[Any]]:
         return Folder, (self._function,)
+
+
+def _state(tensors: Sequence[Tensor]) -> list[int]:
+    """Where tensors lie, and their versions."""
+    places = [tensor.data_ptr() for tensor in tensors]
+    try:
+        versions = [tensor._version for tensor in tensors]
+    except RuntimeError:  # those made in inference mode have none
+        versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+    return places + versions

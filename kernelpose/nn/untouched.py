@@ -45,8 +45,10 @@ def has_geometry(
     Users put others in the place of those that a module was built with, or change their attributes.
     """
     assert isinstance(conv, _ConvNd)
+    weight = conv._parameters["weight"]  # conv.weight takes longer
     return (
-        conv.weight.shape[2:] == (kernel, kernel)
+        weight is not None
+        and weight.shape[2:] == (kernel, kernel)
         and conv.stride == (stride, stride)
         and conv.padding == (padding, padding)
         and conv.dilation == (dilation, dilation)

@@ -13,7 +13,15 @@ from tests.conftest import ROOT
 LEVELS = ("baseline", "avx2", "avx512")
 CHOSEN = "parity or tail or far_out or special_maps or without_a_peak or rounded or TestWinograd"
 # which have kernels that are no op's
-MODULES = ("cru", "deconvolution", "depthwise_ffn", "mix_ffn", "sr_attention", "winograd")
+MODULES = (
+    "cru",
+    "deconvolution",
+    "depthwise_ffn",
+    "mix_ffn",
+    "packed_cascade",
+    "sr_attention",
+    "winograd",
+)
 FILES = ("tests/ops", *(f"tests/nn/test_{name}.py" for name in MODULES))
 
 
