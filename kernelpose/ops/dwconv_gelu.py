@@ -127,7 +127,7 @@ def _run_backward(
     else:
         addresses = [_native.address(t) for t in tensors]
         _native.call("dwconv_gelu_backward", x, *addresses, shape, code)
-    grad_weight = partial[:, :9].sum(0).t().reshape(weight.shape)
+    grad_weight = partial[:, :9].sum(0).t().contiguous().view(weight.shape)
     return grad_x, grad_weight, partial[:, 9].sum(0)
 
 
