@@ -16,9 +16,7 @@ from torch import Tensor, nn
 import kernelpose
 from benchmarks.attention import Case
 from benchmarks.plain import copy_weights
-from benchmarks.plain.hevitpose import HEViTPose
-from benchmarks.plain.hrpvt import HRPVT
-from benchmarks.plain.mobilevitpose import MobileViTPose
+from benchmarks.plain.zoo import PLAIN
 from benchmarks.rows import Function, Row, time_forward
 from benchmarks.setup import compiled, parameters
 from kernelpose.nn import ScConv, WindowAttention
@@ -37,10 +35,6 @@ class Subject:
     plain: Callable[[], nn.Module] | None = None
 
 
-def _model(name: str, plain: Callable[[], nn.Module] | None = None, **options: Any) -> Subject:
-    return Subject(functools.partial(kernelpose.create_model, name, **options), plain=plain)
-
-
 class _Joined(nn.Module):
     """A SimCC model with one tensor of logits for an answer."""
 
@@ -52,22 +46,28 @@ class _Joined(nn.Module):
         return torch.cat(self.model(images), 2)
 
 
+def model_subject(name: str, **options: Any) -> Subject:
+    """A model of the zoo, and its plain form."""
+
+    def made(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+        return (lambda: _Joined(build())) if name.startswith("hrpvt") else build
+
+    plain = functools.partial(PLAIN[name], IMAGE[1:]) if name in PLAIN else None
+    ours = functools.partial(kernelpose.create_model, name, **options)
+    return Subject(made(ours), plain=plain and made(plain))
+
+
 WINDOWED: dict[str, Any] = {"patch_stride": 8, "attention": "window+shift"}
 SUBJECTS: dict[str, tuple[Subject, tuple[int, ...]]] = {
-    "vitpose-s": (_model("vitpose-s"), (1,)),
-    "vitpose-b": (_model("vitpose-b"), (1,)),
-    "vitpose-s 1/8 shifted windows": (_model("vitpose-s", **WINDOWED), (1,)),
-    "vitpose-b 1/8 shifted windows": (_model("vitpose-b", **WINDOWED), (1,)),
-    "mitpose-b": (_model("mitpose-b"), (1, 8)),
-    "mitpose-b-released": (_model("mitpose-b-released"), (1,)),
-    "hevitpose-b": (_model("hevitpose-b", HEViTPose), (1, 8)),
-    "mobilevitpose-s": (_model("mobilevitpose-s", MobileViTPose), (1, 8)),
-    "hrpvt-l": (
-        Subject(
-            lambda: _Joined(kernelpose.create_model("hrpvt-l")), plain=lambda: _Joined(HRPVT())
-        ),
-        (1, 8),
-    ),
+    "vitpose-s": (model_subject("vitpose-s"), (1,)),
+    "vitpose-b": (model_subject("vitpose-b"), (1,)),
+    "vitpose-s 1/8 shifted windows": (model_subject("vitpose-s", **WINDOWED), (1,)),
+    "vitpose-b 1/8 shifted windows": (model_subject("vitpose-b", **WINDOWED), (1,)),
+    "mitpose-b": (model_subject("mitpose-b"), (1, 8)),
+    "mitpose-b-released": (model_subject("mitpose-b-released"), (1,)),
+    "hevitpose-b": (model_subject("hevitpose-b"), (1, 8)),
+    "mobilevitpose-s": (model_subject("mobilevitpose-s"), (1, 8)),
+    "hrpvt-l": (model_subject("hrpvt-l"), (1, 8)),
     "ScConv 768 tokens": (Subject(lambda: ScConv(768), (16 * 12, 768)), (1, 8)),
 }
 

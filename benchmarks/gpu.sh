@@ -11,7 +11,8 @@
 #   STEPS   of: build test sanitize bench, or one sanitizer tool as in sanitize-memcheck
 #           (default: build test sanitize bench)
 #   TEST    further arguments for the tests, such as "tests/ops -k cuda" (default: all)
-#   BENCH   further arguments for the benchmarks, such as "-k b64" or "--no-compile"
+#   BENCH   further arguments for the benchmarks, such as "-k b64" or "--no-compile"; by default
+#           the models of bench_zoo.py are left out, which take long
 set -u -o pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-gpu-results}
@@ -68,6 +69,6 @@ step test $PYTHON -m pytest ${TEST:-tests} --full -q --ignore=tests/emulator \
   --ignore=tests/test_install.py
 for tool in $TOOLS; do step "sanitize-$tool" sanitize "$tool"; done
 # shellcheck disable=SC2086
-step bench $PYTHON -m pytest --benchmark --results="$OUT" -q ${BENCH:-}
+step bench $PYTHON -m pytest --benchmark --results="$OUT" -q ${BENCH:---ignore=benchmarks/bench_zoo.py}
 printf '%s\n' "${summary[@]}" | tee -a "$OUT/log.txt"
 exit "$failed"

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 import kernelpose
 from benchmarks.plain import copy_weights
-from benchmarks.plain.hevitpose import HEViTPose
-from benchmarks.plain.hrpvt import HRPVT
-from benchmarks.plain.mobilevitpose import MobileViTPose
+from benchmarks.plain.zoo import PLAIN
 from tests.parity import assert_parity
 
 SIZE = (64, 128)
-PLAIN: dict[str, Callable[[], nn.Module]] = {
-    "hevitpose-b": HEViTPose,
-    "mobilevitpose-s": MobileViTPose,
-    "hrpvt-l": lambda: HRPVT(image_size=SIZE),
-}
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -37,7 +28,7 @@ def test_a_plain_model_is_ours(name: str) -> None:
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(std=0.1)
             module.running_var.uniform_(0.5, 2)
-    plain = PLAIN[name]().eval()
+    plain = PLAIN[name](SIZE).eval()
     copy_weights(ours, plain)
     images = torch.randn(2, 3, *SIZE)
     with kernelpose.backend("eager"):

@@ -96,11 +96,9 @@ class Backbone(nn.Module):
 
 
 class HEViTPose(nn.Sequential):
-    """Images (B, 3, H, W) -> heatmaps (B, 17, H / 4, W / 4); of the sizes of HEViTPose-B."""
+    """Images (B, 3, H, W) -> heatmaps (B, 17, H / 4, W / 4)."""
 
-    def __init__(
-        self, dims: Sequence[int] = (160, 256, 384), depths: Sequence[int] = (1, 3, 4)
-    ) -> None:
+    def __init__(self, dims: Sequence[int], depths: Sequence[int]) -> None:
         super().__init__()
         self.backbone = Backbone(dims, depths, (8, 4, 2))
         self.keypoint_head = Decoder(dims[-1], (128, 128), 17)

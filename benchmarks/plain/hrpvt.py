@@ -123,12 +123,15 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    def __init__(self, width: int | None, dim: int, depth: int, index: int) -> None:
+    def __init__(
+        self, width: int | None, dim: int, depth: int, index: int, every_stage: bool
+    ) -> None:
         super().__init__()
         self.downsample = None if width is None else PatchEmbed(width, dim)
         heads, ratio, expansion = (1, 2, 5, 8)[index], (8, 4, 2, 1)[index], (8, 8, 4, 4)[index]
         self.blocks = nn.ModuleList(
-            Block(dim, heads, ratio, expansion * dim, hrpm=index == 0) for _ in range(depth)
+            Block(dim, heads, ratio, expansion * dim, i == depth - 1 if every_stage else index == 0)
+            for i in range(depth)
         )
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
@@ -143,13 +146,11 @@ class Stage(nn.Module):
 
 
 class Backbone(nn.Module):
-    def __init__(self, dims: Sequence[int], depths: Sequence[int]) -> None:
+    def __init__(self, dims: Sequence[int], depths: Sequence[int], every_stage: bool) -> None:
         super().__init__()
         self.stem = HRPMv1(dims[0])
-        widths = (None, *dims[:-1])
-        self.stages = nn.Sequential(
-            *(Stage(*sizes, i) for i, sizes in enumerate(zip(widths, dims, depths, strict=True)))
-        )
+        sizes = zip((None, *dims[:-1]), dims, depths, strict=True)
+        self.stages = nn.Sequential(*(Stage(*size, i, every_stage) for i, size in enumerate(sizes)))
 
     def forward(self, x: Tensor) -> Tensor:
         maps: Tensor = self.stages(self.stem(x))
@@ -171,14 +172,19 @@ class SimCCHead(nn.Module):
 
 
 class HRPVT(nn.Sequential):
-    """Images (B, 3, H, W) -> SimCC logits; of the sizes of HRPVT-L."""
+    """Images (B, 3, H, W) -> SimCC logits.
+
+    every_stage: HRPM v2 stands at the end of every stage, not after each block of the first one.
+    """
 
     def __init__(
         self,
-        dims: Sequence[int] = (64, 128, 320, 512),
-        depths: Sequence[int] = (3, 4, 6, 3),
-        image_size: Size = (256, 192),
+        dims: Sequence[int],
+        depths: Sequence[int],
+        image_size: Size,
+        *,
+        every_stage: bool,
     ) -> None:
         super().__init__()
-        self.backbone = Backbone(dims, depths)
+        self.backbone = Backbone(dims, depths, every_stage)
         self.keypoint_head = SimCCHead(dims[-1], image_size, 17)

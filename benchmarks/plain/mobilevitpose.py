@@ -135,14 +135,14 @@ class Backbone(nn.Sequential):
 
 
 class MobileViTPose(nn.Sequential):
-    """Images (B, 3, H, W) -> heatmaps (B, 17, H / 4, W / 4); of the sizes of MobileViTPose-S."""
+    """Images (B, 3, H, W) -> heatmaps (B, 17, H / 4, W / 4)."""
 
     def __init__(
         self,
-        features: Sequence[int] = (16, 32, 64, 64, 96, 96, 128, 128, 160, 160, 640),
-        dims: Sequence[int] = (144, 192, 240),
-        layers: Sequence[int] = (2, 4, 3),
-        expansion: int = 4,
+        features: Sequence[int],
+        dims: Sequence[int],
+        layers: Sequence[int],
+        expansion: int,
     ) -> None:
         super().__init__()
         self.backbone = Backbone(features, dims, layers, expansion)
