@@ -5,22 +5,20 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernelpose.nn.folded_conv import FoldedConv, is_pointwise
 from kernelpose.nn.folding import Folder, can_fold, fold
-from kernelpose.nn.packed_conv import PackedConv
 from kernelpose.nn.packed_linear import can_pack, pack, packed_linear
-from kernelpose.nn.untouched import has_geometry, unhooked, untouched
-from kernelpose.nn.winograd import WinogradConv
+from kernelpose.nn.untouched import unhooked, untouched
 
 
 class ConvNorm(nn.Module):
     """act(BN(conv(x))): (B, C, H, W) -> (B, out_channels, H / stride, W / stride).
 
     The convolution has no bias and pads with half its kernel. In eval mode the norm is folded into
-    it. On a CPU a 1x1 convolution, ReLU and the residual are then one call, a 3x3 one of stride 1
-    is a `WinogradConv`, another dense one a `PackedConv`. Maps in channels_last memory stay so.
+    it (`FoldedConv`); on a CPU a 1x1 convolution, ReLU and the residual are then one call. Maps in
+    channels_last memory stay so.
 
     Args:
         in_channels: C.
@@ -60,10 +58,8 @@ class ConvNorm(nn.Module):
         self.add_module(norm_name, nn.BatchNorm2d(out_channels))
         self._norm_name = norm_name
         self.act = act
-        self._folder = Folder()
         self._packer = Folder(_fold_and_pack)
-        self._winograd = WinogradConv()
-        self._packed = PackedConv()
+        self._folded = FoldedConv()
 
     @property
     def pair(self) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
@@ -78,12 +74,7 @@ class ConvNorm(nn.Module):
             more = None if residual is None else _tokens(residual)
             relu = self.act is not None
             return packed_linear(_tokens(x), weight, bias, relu, more).permute(0, 3, 1, 2)
-        if self._winograd.suits(x, *pair):
-            y = self._winograd(x, *pair)
-        elif self._packed.suits(x, *pair) and self.conv.groups == 1:
-            y = self._packed(x, *pair)
-        else:
-            y = conv_norm(x, *pair, self._folder)
+        y = self._folded(x, *pair)
         if self.act is not None:
             y = self.act(y)
         return y if residual is None else residual + y
@@ -104,31 +95,12 @@ class ConvNorm(nn.Module):
         act = self.act
         return (
             untouched(conv, norm)
-            and _is_pointwise(conv)
+            and is_pointwise(conv)
             and can_fold([norm])
             and (act is None or (type(act) is nn.ReLU and unhooked(act) and residual is None))
             and can_pack(_tokens(x), conv.weight)
             and (residual is None or can_pack(_tokens(residual), conv.weight))
         )
-
-
-def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, folder: Folder) -> Tensor:
-    """norm(conv(x)), as one convolution where norm uses the statistics it keeps.
-
-    folder: keeps that convolution's weight and bias.
-    """
-    if not untouched(conv, norm):
-        y: Tensor = norm(conv(x))
-    elif can_fold([norm]):
-        ((weight, bias),) = folder([(conv, norm)])
-        y = _convolve(x, conv, weight, bias)
-    else:
-        y = norm(_convolve(x, conv, conv.weight, None))
-    return y
-
-
-def _is_pointwise(conv: nn.Conv2d) -> bool:
-    return conv.groups == 1 and has_geometry(conv, 1)
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -138,10 +110,3 @@ def _tokens(x: Tensor) -> Tensor:
 def _fold_and_pack(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     weight, bias = fold(conv, norm)
     return pack(weight.flatten(1)), bias
-
-
-def _convolve(x: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if _is_pointwise(conv):
-        # A product of tokens: of one image on one thread, torch's convolution would copy them.
-        return F.linear(_tokens(x), weight.flatten(1), bias).permute(0, 3, 1, 2)
-    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from kernelpose import ops
-from kernelpose.nn.folding import Folder, Pair, can_fold
+from kernelpose.nn.folded_conv import FoldedConv
+from kernelpose.nn.folding import Folder, can_fold
+from kernelpose.nn.inference import core_infers
 from kernelpose.nn.untouched import has_geometry, untouched
+from kernelpose.ops.dilated_pyramid import CPU_CHANNELS
 
 
 class DilatedPyramid(nn.Module):
@@ -20,7 +23,7 @@ class DilatedPyramid(nn.Module):
     (1, 2, 5) leave no hole in what a map has seen ("Understanding Convolution for Semantic
     Segmentation"). In eval mode the norms are folded into the convolutions and
     `kernelpose.ops.dilated_pyramid` runs; live norms, and layers that are not `untouched`, take the
-    modules one by one.
+    modules one by one, and so do many channels on a CPU without a gradient (`FoldedConv`).
 
     Args:
         in_channels: C.
@@ -57,23 +60,15 @@ class DilatedPyramid(nn.Module):
         )
         self.norms = nn.ModuleList(nn.BatchNorm2d(width) for _ in self.dilations)
         self._folder = Folder()
+        self._convolve = [FoldedConv() for _ in self.dilations]
 
-    def pairs(self) -> list[Pair]:
+    def pairs(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
         """The convolutions, each with its norm."""
-        return cast("list[Pair]", list(zip(self.convs, self.norms, strict=True)))
+        return cast("Any", list(zip(self.convs, self.norms, strict=True)))
 
     def forward(self, x: Tensor) -> Tensor:
         pairs = self.pairs()
-        if (
-            untouched(*self.convs, *self.norms)
-            and can_fold([norm for _, norm in pairs])
-            and all(
-                has_geometry(
-                    conv, 3, stride=1 if i else self.stride, padding=dilation, dilation=dilation
-                )
-                for i, (conv, dilation) in enumerate(zip(self.convs, self.dilations, strict=True))
-            )
-        ):
+        if self._is_one_op(x):
             folded = self._folder(pairs)
             return ops.dilated_pyramid(
                 x,
@@ -84,7 +79,21 @@ class DilatedPyramid(nn.Module):
                 mode=self.mode,
             )
         maps = []
-        for conv, norm in pairs:
-            x = torch.relu(norm(conv(x)))
+        for convolve, pair in zip(self._convolve, pairs, strict=True):
+            x = torch.relu(convolve(x, *pair))
             maps.append(x)
-        return torch.cat(maps, 1) if self.mode == "concat" else torch.stack(maps).sum(0)
+        return torch.cat(maps, 1) if self.mode == "concat" else sum(maps[1:], maps[0])
+
+    def _is_one_op(self, x: Tensor) -> bool:
+        if x.shape[1] >= CPU_CHANNELS and core_infers(x):
+            return False  # which the core has faster one by one
+        return (
+            untouched(*self.convs, *self.norms)
+            and can_fold([norm for _, norm in self.pairs()])
+            and all(
+                has_geometry(
+                    conv, 3, stride=1 if i else self.stride, padding=dilation, dilation=dilation
+                )
+                for i, (conv, dilation) in enumerate(zip(self.convs, self.dilations, strict=True))
+            )
+        )

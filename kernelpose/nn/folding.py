@@ -13,7 +13,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from kernelpose.ops._register import is_plain, no_autocast
 
 Convolution = nn.Conv2d | nn.ConvTranspose2d
-Pair = tuple[Convolution, _BatchNorm]  # a convolution (transposed: of one group) and its norm
 
 
 def can_fold(norms: Sequence[_BatchNorm]) -> bool:

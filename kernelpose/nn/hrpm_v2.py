@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernelpose.nn.deconvolution import DeconvNormRelu
 from kernelpose.nn.dilated_pyramid import DilatedPyramid
-from kernelpose.nn.folding import Folder, Pair, can_fold
+from kernelpose.nn.folded_conv import FoldedConv
+from kernelpose.nn.folding import Folder, can_fold
 from kernelpose.nn.untouched import has_geometry, untouched
 
 
@@ -19,7 +21,8 @@ class HRPMv2(nn.Module):
     A deconvolution to twice the size and half the channels, three dilated convolutions in a chain,
     their sum, and a convolution of stride 2 back, each with BatchNorm, all but the last with ReLU
     ("HRPVT", arXiv 2410.22079, HRPM v2; kernel 4 of the deconvolution, dilations, norms and
-    activations are our choice). In eval mode the norms are folded into the convolutions.
+    activations are our choice). In eval mode the norms are folded into the convolutions; in float32
+    on a CPU, without a gradient, the deconvolution takes fewer products, too (`DeconvNormRelu`).
 
     Args:
         dim: C, even.
@@ -40,20 +43,20 @@ class HRPMv2(nn.Module):
         self.pyramid = DilatedPyramid(dim // 2, dim // 2, dilations, mode="sum")
         self.down = nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1, bias=False)
         self.down_norm = nn.BatchNorm2d(dim)
-        self._folder = Folder()
+        self._fused_up, self._up_folder = DeconvNormRelu(), Folder()
+        self._folded_down = FoldedConv()
 
     def forward(self, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
         maps = x.unflatten(1, feat_size).permute(0, 3, 1, 2)
-        pairs: list[Pair] = [(self.up, self.up_norm), (self.down, self.down_norm)]
-        if (
-            all(untouched(*pair) for pair in pairs)
-            and can_fold([norm for _, norm in pairs])
-            and has_geometry(self.up, 4, stride=2, padding=1)
-            and has_geometry(self.down, 3, stride=2, padding=1)
-        ):
-            (up, up_bias), (down, down_bias) = self._folder(pairs)
-            large = F.conv_transpose2d(maps, up, up_bias, stride=2, padding=1)
-            y = F.conv2d(self.pyramid(F.relu_(large)), down, down_bias, stride=2, padding=1)
-        else:
-            y = self.down_norm(self.down(self.pyramid(torch.relu(self.up_norm(self.up(maps))))))
-        return y.permute(0, 2, 3, 1).flatten(1, 2)
+        maps = self.pyramid(self._enlarged(maps))
+        maps = self._folded_down(maps, self.down, self.down_norm)
+        return maps.permute(0, 2, 3, 1).flatten(1, 2)
+
+    def _enlarged(self, maps: Tensor) -> Tensor:
+        up, norm = self.up, self.up_norm
+        if self._fused_up.suits(maps, up, norm):
+            return self._fused_up(maps, up, norm)
+        if untouched(up, norm) and can_fold([norm]) and has_geometry(up, 4, stride=2, padding=1):
+            ((weight, bias),) = self._up_folder([(up, norm)])
+            return F.relu_(F.conv_transpose2d(maps, weight, bias, stride=2, padding=1))
+        return torch.relu(norm(up(maps)))

@@ -363,6 +363,7 @@ def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Any, ...]:
     return grad_x if of_x else None, *gradients, *[None] * 6
 
 
+CPU_CHANNELS = 192  # so many are faster one convolution after the other
 _OPTIONS = "int[] dilations, int stride, str mode, str activation"
 _op_backward = register(
     "dilated_pyramid_backward",
@@ -407,7 +408,7 @@ def _automatic(x: Tensor) -> tuple[str, ...]:
     0.3 to 0.7 and 0.4 to 0.9 on HRPVT's pyramids of 16 to 64 channels, 0.7 to 0.8 and 0.9 to 1.1
     with 160, 0.8 to 1.3 and 0.9 to 1.3 with 256 on 16x12, whose weights outgrow the caches.
     """
-    on_cpu = ("cpu",) if x.shape[1] < 192 else ()
+    on_cpu = ("cpu",) if x.shape[1] < CPU_CHANNELS else ()
     return {"cuda": ("cuda", "triton"), "cpu": on_cpu}.get(x.device.type, ())
 
 

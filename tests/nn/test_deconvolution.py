@@ -18,9 +18,9 @@ from tests.parity import assert_parity
 # (batch, C, outputs, (h, w))
 CASES = {
     "even": (2, 16, 32, (4, 6)),
-    "odd": (3, 37, 20, (5, 3)),
-    "one-pixel": (1, 8, 16, (1, 1)),
-    "one-row": (2, 5, 7, (1, 9)),
+    "odd": (3, 37, 52, (5, 3)),
+    "one-pixel": (1, 8, 48, (1, 1)),
+    "one-row": (2, 5, 39, (1, 9)),
     "one-column": (1, 33, 65, (7, 1)),
     "many-tiles": (3, 24, 130, (13, 17)),
     "wide": (1, 640, 256, (8, 6)),
@@ -70,7 +70,7 @@ def test_deterministic_whatever_the_threads() -> None:
 
 def decoder() -> ClassicDecoder:
     torch.manual_seed(0)
-    made = ClassicDecoder(8, 5, (6, 7)).eval()
+    made = ClassicDecoder(8, 5, (32, 39)).eval()
     for module in made.modules():
         if isinstance(module, nn.ConvTranspose2d):
             nn.init.normal_(module.weight, std=0.2)
@@ -85,6 +85,8 @@ def test_who_gets_it() -> None:
     check_who_gets_it(calls, 2, model, x)
     with torch.no_grad():
         assert calls(lambda: model.train()(x))[1] == 0
+        narrow = ClassicDecoder(8, 5, (32, 31)).eval()
+        assert calls(lambda: narrow(x))[1] == 1
 
 
 def test_what_was_packed_goes_stale() -> None:

@@ -5,13 +5,18 @@ from __future__ import annotations
 import copy
 import io
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import kernelpose
+from kernelpose import ops
 from kernelpose.nn import AddLayerNorm, DilatedPyramid, HRPMv1, HRPMv2
 from kernelpose.nn.folding import fold
+from tests.nn.inference import calls_of
+from tests.parity import assert_parity
 
 
 def with_statistics(module: nn.Module) -> Any:
@@ -75,6 +80,40 @@ def test_v2(training: bool, size: tuple[int, int]) -> None:
     total = torch.stack(one_by_one(twin.pyramid, large, stride=1)).sum(0)
     expected = twin.down_norm(twin.down(total)).flatten(2).mT
     torch.testing.assert_close(module(tokens, size), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["concat", "sum"])
+@torch.no_grad()
+def test_a_pyramid_of_many_channels_runs_one_by_one(mode: str) -> None:
+    torch.manual_seed(0)
+    module = with_statistics(DilatedPyramid(224, 224, (1, 2, 5), mode=mode))
+    x = random(2, 224, 9, 7).contiguous(memory_format=torch.channels_last)
+    eager, exact = (
+        torch.cat(maps, 1) if mode == "concat" else torch.stack(maps).sum(0)
+        for maps in (
+            one_by_one(module, x, stride=1),
+            one_by_one(copy.deepcopy(module).double(), x.double(), stride=1),
+        )
+    )
+    with mock.patch.object(ops, "dilated_pyramid", wraps=ops.dilated_pyramid) as op:
+        assert_parity(module(x), eager, exact)
+        assert not op.called
+        with kernelpose.backend("eager"):
+            assert_parity(module(x), eager, exact)
+        assert op.called
+
+
+@torch.no_grad()
+def test_v2_of_many_channels_takes_kernels_for_inference() -> None:
+    torch.manual_seed(0)
+    module, tokens = with_statistics(HRPMv2(64)), random(3, 30, 64)
+    found, ran = calls_of("deconvolution")(lambda: module(tokens, (6, 5)))
+    assert ran == 1
+    with kernelpose.backend("eager"):
+        expected, ran = calls_of("deconvolution")(lambda: module(tokens, (6, 5)))
+    assert ran == 0
+    exact = copy.deepcopy(module).double()(tokens.double(), (6, 5))
+    assert_parity(found, expected, exact)
 
 
 @pytest.mark.parametrize("batch", [0, 1])
