@@ -45,14 +45,21 @@ class PackedCascade:
         if type(proj) is not ConvNorm or not proj.is_untouched():
             return None
         conv, norm = proj.pair
-        channels, (groups, width) = x.shape[1], parameters[3].shape
+        channels = x.shape[1]
+        reduce, _, q, _, kv, _, out_weight, _, norm_weight, _ = parameters
+        groups, width, _ = q.shape
         fits = (
             core_infers(x, residual, conv.weight, *parameters)
+            and groups * width == len(reduce) == channels
+            and q.shape == out_weight.shape == (groups, width, width)
+            and kv.shape == (groups, 2 * width, width)
+            and norm_weight.shape == (groups, width)
             and can_fold((norm,))
             and has_geometry(conv, 1)
             and conv.weight.shape[:2] == (channels, channels)
             and channels % _MULTIPLE == 0
             and width <= MAX_GROUP_WIDTH
+            and width % num_heads == 0
             and (residual is None or residual.shape == x.shape)
         )
         if not fits:
@@ -62,7 +69,7 @@ class PackedCascade:
         found, out = x.new_empty(x.shape), x.new_empty(x.shape)
         if out.numel():
             more = None if residual is None else residual.permute(0, 2, 3, 1).contiguous()
-            shape = (*x.shape[:3], groups, width, num_heads, parameters[0].shape[3], eps)
+            shape = (*x.shape[:3], groups, width, num_heads, reduce.shape[3], eps)
             addresses = [t.data_ptr() for t in parameters]
             others = found.data_ptr(), packed.data_ptr(), _native.address(more), out.data_ptr()
             _native.call("cascaded_sr_attention", x, x.data_ptr(), addresses, *others, shape)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
+from unittest import mock
 
 import pytest
 import torch
+from torch import nn
 
 import kernelpose
+from kernelpose import _native
 from tests.nn.inference import calls_of, check_deterministic, check_who_gets_it
 from tests.nn.test_cascaded_attention import made, maps, twin
 from tests.parity import assert_parity
@@ -70,6 +73,24 @@ def test_who_gets_it() -> None:
         handle.remove()
         torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-4)
         assert (found - expected).abs().max() > 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("names", "inputs", "outputs"),
+    [("q", 16, 8), ("k v", 16, 8), ("q k v", 16, 8), ("proj", 16, 8), ("proj", 8, 16)],
+)
+def test_no_weights_of_other_shapes_reach_the_core(names: str, inputs: int, outputs: int) -> None:
+    """It would read beyond them; every group is changed alike, so that they can be stacked."""
+    module = made(dim=32, num_groups=2)
+    for group in module.groups:
+        for name in names.split():
+            setattr(group, name, nn.Linear(inputs, outputs))
+    with (
+        mock.patch.object(_native, "call", side_effect=AssertionError("the core was called")),
+        pytest.raises((ValueError, RuntimeError)),
+    ):
+        module(maps(channels=32))
 
 
 @torch.no_grad()
